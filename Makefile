@@ -1,0 +1,46 @@
+# The README's commands. Each needs only Python 3.11+ with pip, make and git; the rest is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test test-fast check format install lock clean help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(INSTALLED)  ## render videos (or VIDEOS=DIR), pack, train, register, predict, report
+	@$(BIN)/tavlad demo $(if $(VIDEOS),--videos "$(VIDEOS)")
+
+test: $(INSTALLED)  ## the whole suite
+	@$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the suite without the slow tests
+	@$(BIN)/python -m pytest -m "not slow"
+
+check: $(INSTALLED)  ## lint, format, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)  ## create .venv with everything pinned
+
+$(INSTALLED): requirements.lock requirements-bootstrap.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else "tavlad needs Python 3.11 or 3.12, this is %d.%d: name one with make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements-bootstrap.lock
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock:  ## pin every dependency again, newest first, with hashes and without hosts
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --group dev \
+		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements.lock
+
+clean:  ## remove .venv; data under .tavlad stays
+	rm -rf $(VENV)

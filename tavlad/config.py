@@ -1,0 +1,203 @@
+"""Every setting of the model and its training, one dataclass a concern, and the one parser that fills them."""
+
+import dataclasses
+import difflib
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """What the network is. Travels with the weights."""
+
+    trunk: Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"] = "resnet34"
+    """The frame network, an ImageNet classifier with global average pooling and one linear layer."""
+    weights: str = "imagenet"
+    """Its weights: "imagenet", "none" (random, from the seed), a path or an s3:// URI."""
+    attention: Literal["none", "cam", "frozen-cam"] = "cam"
+    """Top-down attention: none; from the trunk itself; or from a second, never fine-tuned copy of the trunk."""
+    temporal: Literal["sum", "gru"] = "gru"
+    """How the frames' VLADs become one: their sum (ActionVLAD) or the last state of K GRUs with shared weights."""
+    descriptor: Literal["pre_relu", "post_relu"] = "post_relu"
+    """Which side of the last ReLU the descriptors come from; the attention always uses the map after it."""
+    num_clusters: int = 64
+    """K, the visual words of the codebook."""
+    gru_width: int = 256
+    """U, the state size of the GRU; unused by temporal = "sum"."""
+    alpha: float = 1000.0
+    """Sharpness of the soft assignment at the start (section 2.1)."""
+    dropout: float = 0.5
+    """Probability of dropping an element of the video descriptor before the classifier."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_clusters >= 1, f"model.num_clusters = {self.num_clusters}: must be at least 1")
+        _require(self.gru_width >= 1, f"model.gru_width = {self.gru_width}: must be at least 1")
+        _require(self.alpha > 0, f"model.alpha = {self.alpha}: must be above 0 (the paper uses 1000)")
+        _require(0 <= self.dropout < 1, f"model.dropout = {self.dropout}: must be at least 0 and below 1")
+
+    @property
+    def variant(self) -> str:
+        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"
+        if self.attention == "none":
+            return "actionvlad" if self.temporal == "sum" else f"vlad-{temporal}"
+        name = "ta-vlad" if self.attention == "cam" else "ta-vlad-frozen-cam"
+        return name if temporal == "gru-256" else f"{name}-{temporal}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodebookConfig:
+    """How the K centres are found (METHOD, step 1)."""
+
+    frames: int = 5000
+    """Random training frames at most."""
+    frames_per_video: int = 1
+    """Random frames of one video at most; small sets need more than one."""
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 1, f"codebook.frames = {self.frames}: must be at least 1")
+        _require(self.frames_per_video >= 1, f"codebook.frames_per_video = {self.frames_per_video}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """What both stages share."""
+
+    batch_size: int = 32
+    """Clips of a global batch, over all workers."""
+    seed: int = 0
+    """Fixes the codebook, the initial weights, the order, the augmentation and the dropout."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Of the trunk and the GRU (autocast); soft assignment and VLAD are computed in float32 always."""
+    crop: int = 224
+    """Side of the square the trunk sees, in pixels."""
+    augment: bool = True
+    """Corner crops, scale jitter and flips, one draw a clip; off: the centre crop of evaluation."""
+    adam_eps: float = 1e-4
+    """Adam's epsilon."""
+    weight_decay: float = 4e-5
+    """Adam's L2 penalty; the VLAD layer's tensors have none."""
+    evaluate_every: int = 1
+    """Epochs between evaluations on the test part; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "crop", "evaluate_every"):
+            _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
+        _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
+        _require(self.weight_decay >= 0, f"training.weight_decay = {self.weight_decay}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One of the two stages: what learns, for how long, how fast."""
+
+    epochs: int
+    """Passes over the training part; 0 leaves the stage out."""
+    lr: float
+    """Adam's learning rate in the first epoch."""
+    decay_every: int = 5
+    """Epochs between two decays of the learning rate."""
+    decay_factor: float = 0.5
+    """What a decay multiplies the learning rate by."""
+    trunk: Literal["frozen", "last-block", "last-block-without-downsample"] = "frozen"
+    """Which of the trunk's convolutions learn."""
+    fc: bool = False
+    """Whether the trunk's ImageNet classifier learns (through the attention)."""
+    vlad: bool = False
+    """Whether the assignment and the centres learn."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
+        _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
+        _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
+        _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
+
+
+STAGE1 = StageConfig(epochs=50, lr=1e-2)
+"""The paper's first stage: GRU and classifier."""
+STAGE2 = StageConfig(epochs=30, lr=1e-4, trunk="last-block", fc=True, vlad=True)
+"""The paper's second stage: also the last block's convolutions, the trunk's classifier and the VLAD layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningConfig:
+    """All that decides what a training computes, given a data set and a split."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    stage1: StageConfig = STAGE1
+    stage2: StageConfig = STAGE2
+
+
+def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Config | None = None) -> Config:
+    """Build the dataclass `kind` from plain values, nested tables included; missing fields come from `base` or defaults.
+
+    Raises ValueError for an unknown key (naming the nearest known one), a wrong type or a missing key; `where` is
+    the path of the table, used in the messages.
+    """
+    fields = {each.name: each for each in dataclasses.fields(cast(Any, kind))}
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown key {_dotted(where, key)}: {_nearest(key, list(fields))}")
+    parsed: dict[str, Any] = {}
+    for name, each in fields.items():
+        default = _default(each) if base is None else getattr(base, name)
+        if name in values:
+            parsed[name] = _parse_value(hints[name], values[name], _dotted(where, name), default)
+        elif default is dataclasses.MISSING:
+            raise ValueError(f"missing key {_dotted(where, name)}: give it a value")
+        else:
+            parsed[name] = default
+    try:
+        return kind(**parsed)
+    except ValueError as error:
+        # A dataclass used for two tables (the stages) names its field only.
+        text = str(error)
+        raise ValueError(text if not where or text.startswith(where) else f"{where}.{text}") from None
+
+
+def _default(each: "dataclasses.Field[Any]") -> Any:
+    return each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+
+
+def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} = {value!r}: must be a table of keys")
+        return parse(cast(type[Any], hint), cast(dict[str, Any], value), where, None if default is dataclasses.MISSING else default)
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if origin in (Union, types.UnionType):
+        plain = [each for each in get_args(hint) if each is not type(None)]
+        return None if value is None else _parse_value(plain[0], value, where, default)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} = {value!r}: must be a list")
+        return tuple(_parse_value(get_args(hint)[0], each, where, None) for each in cast(list[Any], value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ValueError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,17 @@
+"""From one VLAD a frame to one a clip: the sum over time, or the last states of K GRUs with shared weights."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def sum_over_time(vlad_BTKD: Float[Tensor, "B T K D"]) -> Float[Tensor, "B K D"]:
+    """ActionVLAD's aggregation (Eq. 2): blind to the order of the frames."""
+    return vlad_BTKD.sum(dim=1)
+
+
+def last_states(vlad_BTKD: Float[Tensor, "B T K D"], gru: nn.GRU) -> Float[Tensor, "B K U"]:
+    """The last hidden state of one GRU a cluster (section 2.3); the K GRUs share their weights, so K joins the batch."""
+    num_clips, num_frames, num_clusters, size = vlad_BTKD.shape
+    sequences = vlad_BTKD.transpose(1, 2).reshape(num_clips * num_clusters, num_frames, size)
+    _, last = gru(sequences)
+    return last[0].reshape(num_clips, num_clusters, -1)

@@ -1,0 +1,51 @@
+"""The VLAD layer: soft assignment of descriptors to clusters and the sums of their residuals (Eq. 1-3)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Vlad(nn.Module):
+    """K clusters over descriptors of size D. Assignment weights, biases and centres are three separate parameters.
+
+    Computed in the parameters' own precision even under autocast: assignment logits reach thousands, and bf16 or tf32
+    would change which cluster wins.
+    """
+
+    def __init__(self, num_clusters: int, descriptor_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_clusters, descriptor_size))
+        self.bias = nn.Parameter(torch.zeros(num_clusters))
+        self.centres = nn.Parameter(torch.zeros(num_clusters, descriptor_size))
+
+    @torch.no_grad()
+    def initialise(self, centres_KD: Float[Tensor, "K D"], alpha: float) -> None:
+        """`W_k = 2 alpha c_k`, `B_k = -alpha |c_k|^2`: near-hard assignment to the nearest centre for a large alpha."""
+        if centres_KD.shape != self.centres.shape:
+            raise ValueError(
+                f"a codebook of {tuple(centres_KD.shape)} (clusters, descriptor size) does not fit a model of "
+                f"{tuple(self.centres.shape)}: make one for this configuration with `tavlad codebook`"
+            )
+        self.centres.copy_(centres_KD)
+        self.weight.copy_(2 * alpha * centres_KD)
+        self.bias.copy_(-alpha * centres_KD.square().sum(dim=1))
+
+    def assign(self, x_BTND: Float[Tensor, "B T N D"]) -> Float[Tensor, "B T N K"]:
+        """`softmax_k(W_k x + B_k)`: how much each descriptor belongs to each cluster."""
+        return nn.functional.linear(x_BTND, self.weight, self.bias).softmax(dim=-1)
+
+    def forward(
+        self, x_BTND: Float[Tensor, "B T N D"], attention_BTN: Float[Tensor, "B T N"] | None = None
+    ) -> Float[Tensor, "B T K D"]:
+        """`V(k) = sum_i a_k(x_i) (x_i - c_k)` for each frame, `a` weighted by the attention (Eq. 1, 3).
+
+        Written as `A^T x - (sum_i a) c`, so that no tensor of size B T N K D exists.
+        """
+        with torch.autocast(x_BTND.device.type, enabled=False):
+            x_BTND = x_BTND.to(self.weight.dtype)
+            assign_BTNK = self.assign(x_BTND)
+            if attention_BTN is not None:
+                assign_BTNK = assign_BTNK * attention_BTN.to(assign_BTNK.dtype)[..., None]
+            weighted_BTKD = torch.einsum("btnk,btnd->btkd", assign_BTNK, x_BTND)
+            mass_BTK = assign_BTNK.sum(dim=2)
+            return weighted_BTKD - mass_BTK[..., None] * self.centres

@@ -1,0 +1,18 @@
+"""Fixtures of every room. Shape annotations are checked at run time here, and only here."""
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook(["tavlad", "shards"], "beartype.beartype")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real videos, split files and images beside the checkout; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the real videos of ../shared/data, which this machine does not have")
+    return SHARED_DATA
