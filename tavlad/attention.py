@@ -5,9 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def class_activation(
-    features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear
-) -> Float[Tensor, "B T N"]:
+def class_activation(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear) -> Float[Tensor, "B T N"]:
     """`M_c(i) = sum_l w_c,l f_l(i)` for the winning class `c` of each frame (Eq. 4); raw, without the bias.
 
     `features_BTND` is the conv map after its last ReLU. The winner is the argmax of the trunk's own classifier on the
@@ -21,9 +19,7 @@ def class_activation(
     return torch.einsum("btnd,btd->btn", features_BTND, weight_CD[winner_BT])
 
 
-def top_down_attention(
-    features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear
-) -> Float[Tensor, "B T N"]:
+def top_down_attention(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear) -> Float[Tensor, "B T N"]:
     """`m(i) = sigmoid(M_c(i))`, in [0, 1] (Eq. 5)."""
     with torch.autocast(features_BTND.device.type, enabled=False):
         return torch.sigmoid(class_activation(features_BTND, classifier))

@@ -139,8 +139,9 @@ class LearningConfig:
 
 
 def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Config | None = None) -> Config:
-    """Build the dataclass `kind` from plain values, nested tables included; missing fields come from `base` or defaults.
+    """Build the dataclass `kind` from plain values, nested tables included.
 
+    Missing fields come from `base`, else from the defaults.
     Raises ValueError for an unknown key (naming the nearest known one), a wrong type or a missing key; `where` is
     the path of the table, used in the messages.
     """
@@ -183,7 +184,12 @@ def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ValueError(f"{where} = {value!r}: must be a table of keys")
-        return parse(cast(type[Any], hint), cast(dict[str, Any], value), where, None if default is dataclasses.MISSING else default)
+        return parse(
+            cast(type[Any], hint),
+            cast(dict[str, Any], value),
+            where,
+            None if default is dataclasses.MISSING else default,
+        )
     origin = get_origin(hint)
     if origin is Literal:
         if value not in get_args(hint):

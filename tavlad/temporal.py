@@ -10,7 +10,10 @@ def sum_over_time(vlad_BTKD: Float[Tensor, "B T K D"]) -> Float[Tensor, "B K D"]
 
 
 def last_states(vlad_BTKD: Float[Tensor, "B T K D"], gru: nn.GRU) -> Float[Tensor, "B K U"]:
-    """The last hidden state of one GRU a cluster (section 2.3); the K GRUs share their weights, so K joins the batch."""
+    """The last hidden state of one GRU a cluster (section 2.3).
+
+    The K GRUs share their weights, so K joins the batch.
+    """
     num_clips, num_frames, num_clusters, size = vlad_BTKD.shape
     sequences = vlad_BTKD.transpose(1, 2).reshape(num_clips * num_clusters, num_frames, size)
     _, last = gru(sequences)

@@ -1,0 +1,120 @@
+"""A model on disk: safetensors and JSON, plus what resuming needs. No pickle is needed to load a model (contract 4)."""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tavlad.config import ModelConfig, parse
+from tavlad.model import TaVlad
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+CARD = "config.json"
+STATE = "state.pt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """All that is needed, beside the weights, to build the model again and feed it as it was fed."""
+
+    model: ModelConfig
+    actions: tuple[str, ...]
+    """Names in label order."""
+    num_frames: int
+    """T, frames of a clip."""
+    short_side: int
+    """Pixels the short side of a video is reduced to, when longer, before cropping."""
+    crop: int
+    """Side of the square the trunk sees, in pixels."""
+    format: int = FORMAT
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Where it comes from: data set fingerprint, split, run, trunk weights; not needed to load it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainState:
+    """Where a training stands after an epoch: all that resuming needs beside the weights."""
+
+    stage: int
+    """1 or 2."""
+    next_epoch: int
+    """The epoch to run next, from 0; equal to the stage's epochs when it is done."""
+    optimizer: dict[str, Any]
+    """The optimiser's state_dict."""
+
+
+def save_checkpoint(directory: Path, model: TaVlad, card: ModelCard, state: TrainState | None = None) -> None:
+    """Write a checkpoint directory whole or not at all; an older one of the same name is replaced."""
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, partial / WEIGHTS)
+    (partial / CARD).write_text(
+        json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    if state is not None:
+        torch.save({name: getattr(state, name) for name in ("stage", "next_epoch", "optimizer")}, partial / STATE)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def load_card(directory: Path) -> ModelCard:
+    """The card of a checkpoint directory. Raises ValueError if it is absent, damaged or of another format."""
+    path = directory / CARD
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} holds no model: it has no {CARD}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch the model again") from None
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {values.get('format')}, this version reads format {FORMAT}: "
+            "update tavlad or fetch the model again"
+        )
+    return parse(ModelCard, values)
+
+
+def load_model(directory: Path) -> tuple[TaVlad, ModelCard]:
+    """Build the model of a checkpoint directory with its weights, in evaluation mode on the CPU."""
+    card = load_card(directory)
+    model = TaVlad(card.model, len(card.actions))
+    load_weights_into(model, directory)
+    return model.eval(), card
+
+
+def load_weights_into(model: TaVlad, directory: Path) -> None:
+    """Fill the model from a checkpoint. Raises ValueError naming the first tensor that does not fit."""
+    path = directory / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): fetch the checkpoint again") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{path} is of another configuration: tensor {name} has shape {found.get(name, 'none')}, this model's "
+                f"is {expected.get(name, 'none')}; use the recipe the checkpoint was trained with"
+            )
+    model.load_state_dict(weights)
+
+
+def load_state(directory: Path) -> TrainState:
+    """What resuming needs, from a checkpoint directory that has it."""
+    path = directory / STATE
+    try:
+        values = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ValueError(f"{directory} cannot be resumed from: it has no {STATE}") from None
+    return TrainState(**values)

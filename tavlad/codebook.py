@@ -1,0 +1,75 @@
+"""The K visual words: k-means over descriptors of random training frames (METHOD, step 1)."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from sklearn.cluster import KMeans
+
+from tavlad.clip import ClipBatch
+from tavlad.config import CodebookConfig
+from tavlad.model import TaVlad
+from tavlad.parallel import autocast
+
+
+def clips_needed(config: CodebookConfig, num_clips: int, num_frames: int) -> int:
+    """How many of a set's `num_clips` training clips of `num_frames` frames give the codebook's frames."""
+    return min(num_clips, -(-config.frames // min(config.frames_per_video, num_frames)))
+
+
+@torch.no_grad()
+def sample_descriptors(
+    model: TaVlad,
+    batches: Iterable[ClipBatch],
+    config: CodebookConfig,
+    seed: int,
+    precision: str,
+    on_batch: Callable[[int], None] | None = None,
+) -> Float32[np.ndarray, "M D"]:
+    """Unit-length descriptors of all places of random frames, read from clips in random order until there are enough.
+
+    At most `config.frames` frames, `config.frames_per_video` of each clip, chosen as a function of (seed, key).
+    `on_batch` is told how many clips are read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    samples: list[np.ndarray] = []
+    num_frames = num_clips = 0
+    for batch in batches:
+        frames = [
+            clip_TCHW[random_frames(seed, key, len(clip_TCHW), config.frames_per_video)]
+            for clip_TCHW, key in zip(batch.frames_BTCHW, batch.keys, strict=True)
+        ]
+        images = torch.cat(frames)[: config.frames - num_frames]
+        with autocast(device, precision):
+            maps = model.encode(images[None].to(device))
+        samples.append(maps.descriptors_BTND.flatten(0, 2).float().cpu().numpy())
+        num_frames += len(images)
+        num_clips += len(batch.keys)
+        if on_batch is not None:
+            on_batch(num_clips)
+        if num_frames >= config.frames:
+            break
+    if not samples:
+        raise ValueError("there are no training clips to make a codebook from: the train part of this split is empty")
+    return np.concatenate(samples)
+
+
+def random_frames(seed: int, key: str, num_frames: int, count: int) -> list[int]:
+    """`count` distinct frames (all of them if fewer) of the clip `key`, ascending; the same for the same seed."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "big"))
+    return sorted(generator.choice(num_frames, size=min(count, num_frames), replace=False).tolist())
+
+
+def find_centres(descriptors: Float32[np.ndarray, "M D"], num_clusters: int, seed: int) -> Float[torch.Tensor, "K D"]:
+    """The centres of k-means with scikit-learn's defaults; used as they are, not normalised again."""
+    if len(descriptors) < num_clusters:
+        raise ValueError(
+            f"{len(descriptors)} descriptors cannot make {num_clusters} clusters: lower model.num_clusters, or raise "
+            "codebook.frames and codebook.frames_per_video"
+        )
+    kmeans = KMeans(n_clusters=num_clusters, random_state=seed).fit(descriptors)
+    return torch.from_numpy(np.asarray(kmeans.cluster_centers_, dtype=np.float32))

@@ -1,0 +1,184 @@
+"""The training loop of one stage. It has never heard of Ray: batches come in, reports go out."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from tavlad.checkpoint import TrainState
+from tavlad.clip import ClipBatch
+from tavlad.config import StageConfig, TrainingConfig
+from tavlad.evaluate import evaluate
+from tavlad.metrics import Scores
+from tavlad.model import TaVlad
+from tavlad.optim import build_optimizer, freeze_all_but, learning_rate, trained_modules
+from tavlad.parallel import ALONE, World, autocast
+
+
+class Batches(Protocol):
+    """This rank's share of the batches of any epoch, in an order that only the epoch decides."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+        """The batches of an epoch from a step on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """Which stage to train, and how."""
+
+    number: Literal[1, 2]
+    stage: StageConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochReport:
+    """What happened in one epoch, the same on every rank."""
+
+    stage: int
+    epoch: int
+    """From 1, as people count."""
+    num_epochs: int
+    metrics: dict[str, float]
+    """By path, such as "train/loss" and "test/top1" (0 to 1)."""
+    scores: Scores | None
+    """Of the test part, in epochs that evaluate it."""
+    state: TrainState
+    """For resuming after this epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listeners:
+    """Whom the loop tells. Every rank calls them."""
+
+    on_epoch: Callable[[EpochReport], None]
+    on_step: Callable[[int, int], None] = field(default=lambda done, total: None)
+    """Told the steps done and the steps in all of this stage."""
+
+
+def fit(
+    model: TaVlad,
+    plan: StagePlan,
+    train: Batches,
+    test: Batches | None,
+    listeners: Listeners,
+    resume: TrainState | None = None,
+    world: World = ALONE,
+) -> None:
+    """Train the model in place through one stage, from the epoch that `resume` names.
+
+    The loss of a step is the cross entropy averaged over the clips of the global batch, whatever the number of ranks
+    and however unevenly they share it. Raises ValueError when the loss is no longer a number.
+    """
+    stage, number = plan.stage, plan.number
+    freeze_all_but(model, trained_modules(model, stage))
+    optimizer = build_optimizer(model, stage, plan.training)
+    first_epoch = 0
+    if resume is not None:
+        assert resume.stage == number, "a state resumes its own stage"
+        optimizer.load_state_dict(resume.optimizer)
+        first_epoch = resume.next_epoch
+    parallel_model = world.wrap(model)
+    for epoch in range(first_epoch, stage.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, epoch)
+        metrics = _train_epoch(parallel_model, optimizer, plan, epoch, train, listeners, world)
+        scores = None
+        if test is not None and (epoch + 1 == stage.epochs or (epoch + 1) % plan.training.evaluate_every == 0):
+            scores = evaluate(model, test.epoch(0), plan.training.precision, world)
+            metrics |= scores.summary("test")
+        report = EpochReport(
+            stage=number,
+            epoch=epoch + 1,
+            num_epochs=stage.epochs,
+            metrics=metrics,
+            scores=scores,
+            state=TrainState(stage=number, next_epoch=epoch + 1, optimizer=optimizer.state_dict()),
+        )
+        listeners.on_epoch(report)
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: StagePlan,
+    epoch: int,
+    train: Batches,
+    listeners: Listeners,
+    world: World,
+) -> dict[str, float]:
+    """One pass over the training part; returns its metrics over all ranks."""
+    started = time.perf_counter()
+    sums = _Sums()
+    model.train()
+    for step, batch in enumerate(train.epoch(epoch + plan.number * _EPOCHS_APART)):
+        # Dropout is a function of the step, so that resuming needs no generator state.
+        torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
+        loss = _step(model, optimizer, batch, plan.training.precision, world, sums)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
+                f"lower stage{plan.number}.lr (now {plan.stage.lr:g})"
+            )
+        listeners.on_step(epoch * train.num_steps + step + 1, plan.stage.epochs * train.num_steps)
+    return sums.over(world) | {
+        "clips_per_second": world.sum(torch.tensor(sums.clips)).item() / (time.perf_counter() - started),
+        "lr": optimizer.param_groups[0]["lr"],
+    }
+
+
+_EPOCHS_APART = 1_000_000  # stage 2 draws other orders and views than stage 1
+
+
+def step_seed(seed: int, stage: int, epoch: int, step: int, rank: int) -> int:
+    """A generator seed of its own for each rank's step, below 2^63."""
+    text = f"{seed}/{stage}/{epoch}/{step}/{rank}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+class _Sums:
+    """Sums over an epoch's clips on one rank; averaged only when printed."""
+
+    def __init__(self) -> None:
+        self.loss = self.correct = self.clips = 0.0
+
+    def over(self, world: World) -> dict[str, float]:
+        loss, correct, clips = world.sum(
+            torch.tensor([self.loss, self.correct, self.clips], dtype=torch.float64)
+        ).tolist()
+        return {"train/loss": loss / clips, "train/top1": correct / clips}
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: ClipBatch, precision: str, world: World, sums: _Sums
+) -> float:
+    """One optimiser step; returns this rank's part of the loss, summed over its clips."""
+    device = next(model.parameters()).device
+    frames_BTCHW, labels_B = batch.frames_BTCHW.to(device), batch.labels_B.to(device)
+    num_clips = len(batch.keys)
+    if num_clips == 0:  # the ranks meet in the gradient exchange: join it with a blank clip that counts nothing
+        frames_BTCHW, labels_B = frames_BTCHW.new_zeros(1, *frames_BTCHW.shape[1:]), labels_B.new_zeros(1)
+    with autocast(device, precision):
+        logits_BA = model(frames_BTCHW)
+    losses_B = nn.functional.cross_entropy(logits_BA.float(), labels_B, reduction="none")
+    loss_sum = losses_B.sum() * (num_clips > 0)
+    optimizer.zero_grad(set_to_none=True)
+    # Ranks' gradients are averaged: times the world's size, over the global batch, they are the global mean.
+    (loss_sum * world.size / batch.num_clips_in_global_batch).backward()
+    optimizer.step()
+    loss = loss_sum.item()
+    sums.loss += loss
+    sums.correct += int((logits_BA[:num_clips].argmax(dim=1) == labels_B[:num_clips]).sum())
+    sums.clips += num_clips
+    return loss
