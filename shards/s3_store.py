@@ -1,0 +1,232 @@
+"""The store in a bucket of an S3 server: boto3 for ourselves, pyarrow's filesystem for Ray Train."""
+
+import contextlib
+import functools
+import os
+import time
+import uuid
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from boto3.session import Session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from pyarrow import fs
+
+from shards.store import (
+    AccessRefused,
+    MissingObject,
+    S3Access,
+    Store,
+    StoreError,
+    StoreUnreachable,
+    checked_path,
+    complete,
+    split_s3_uri,
+    write_whole,
+)
+
+_BODY_ATTEMPTS = 4  # boto3 retries requests, but not a body that breaks off while it is read
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "403", "401", "Unauthorized")
+_TRANSFER = TransferConfig(max_concurrency=4, multipart_threshold=32 << 20, multipart_chunksize=16 << 20)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S3Store(Store):
+    """A prefix of a bucket; see `Store`. The client is looked up at each call, so the store itself can be pickled."""
+
+    uri: str
+    access: S3Access
+
+    def read(self, path: str) -> bytes:
+        return self._get(path)
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        assert min(offset, length) >= 0
+        if length == 0:
+            return b""
+        data = self._get(path, Range=f"bytes={offset}-{offset + length - 1}")
+        return complete(data, length, f"{self.uri}/{path}", offset)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.errors(path):
+            _client(self.access).put_object(Bucket=self._bucket, Key=self._key(path), Body=data)
+
+    def write_if_absent(self, path: str, data: bytes) -> bool:
+        token = uuid.uuid4().hex
+        place = {"Bucket": self._bucket, "Key": self._key(path)}
+        with self.errors(path):
+            try:
+                _client(self.access).put_object(**place, Body=data, IfNoneMatch="*", Metadata={"writer": token})
+            except ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                    raise
+                # A retried request may have been beaten by its own first attempt, whose answer was lost.
+                return _client(self.access).head_object(**place)["Metadata"].get("writer") == token
+        return True
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except MissingObject:
+            self._check_bucket()
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        with self.errors(path):
+            return int(_client(self.access).head_object(Bucket=self._bucket, Key=self._key(path))["ContentLength"])
+
+    def list(self, prefix: str = "") -> list[str]:
+        root = f"{self._prefix}/" if self._prefix else ""
+        found: list[str] = []
+        with self.errors(prefix):
+            pages = _client(self.access).get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=root + prefix):
+                found += [entry["Key"].removeprefix(root) for entry in page.get("Contents", [])]
+        return sorted(path for path in found if not path.endswith("/"))  # some writers leave folder markers
+
+    def delete(self, path: str) -> None:
+        with self.errors(path):
+            _client(self.access).delete_object(Bucket=self._bucket, Key=self._key(path))
+
+    def upload(self, local: Path, path: str) -> None:
+        with self.errors(path):
+            if not local.is_file():
+                raise MissingObject(f"{local} does not exist")
+            _client(self.access).upload_file(str(local), self._bucket, self._key(path), Config=_TRANSFER)
+
+    def download(self, path: str, local: Path) -> None:
+        def fetch(temporary: Path) -> None:
+            _client(self.access).download_file(self._bucket, self._key(path), str(temporary), Config=_TRANSFER)
+
+        with self.errors(path):
+            write_whole(local, fetch)
+
+    def child(self, path: str) -> "Store":
+        return S3Store(uri=f"{self.uri}/{checked_path(path)}", access=self.access)
+
+    @property
+    def _bucket(self) -> str:
+        return split_s3_uri(self.uri)[0]
+
+    @property
+    def _prefix(self) -> str:
+        return split_s3_uri(self.uri)[1]
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}/{checked_path(path)}".lstrip("/")
+
+    def _get(self, path: str, **options: str) -> bytes:
+        for attempt in range(_BODY_ATTEMPTS):
+            with self.errors(path):
+                answer = _client(self.access).get_object(Bucket=self._bucket, Key=self._key(path), **options)
+                try:
+                    return answer["Body"].read()
+                except HTTPClientError:
+                    if attempt == _BODY_ATTEMPTS - 1:
+                        raise
+                    time.sleep(0.1 * 4**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _check_bucket(self) -> None:
+        """HEAD answers have no body: only this tells a missing bucket from a missing object."""
+        with self.errors(""):
+            _client(self.access).list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+
+    @contextlib.contextmanager
+    def errors(self, path: str) -> Generator[None]:
+        """Turns what boto3 raises into one sentence that names the place and the remedy."""
+        place = f"{self.uri}/{path}".rstrip("/")
+        try:
+            yield
+        except ClientError as error:
+            raise _explained(error, place, self._bucket, self.access) from error
+        except HTTPClientError as error:
+            message = f"no S3 server answers at {self.access.place} (for {place}): check the address, and that it runs"
+            raise StoreUnreachable(message) from error
+        except (BotoCoreError, Boto3Error) as error:  # upload_file wraps the answer in an error of its own
+            cause = error.__context__
+            if isinstance(cause, ClientError):
+                raise _explained(cause, place, self._bucket, self.access) from error
+            raise StoreError(f"{place} at {self.access.place}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"{place}: {error}") from error
+
+
+def create_bucket_if_absent(s3: S3Access, bucket: str) -> None:
+    with S3Store(uri=f"s3://{bucket}", access=s3).errors(""):
+        names = [entry["Name"] for entry in _client(s3).list_buckets()["Buckets"]]
+        if bucket not in names:
+            _client(s3).create_bucket(Bucket=bucket)
+
+
+def arrow_s3(access: S3Access) -> fs.S3FileSystem:
+    """pyarrow's view of the server; paths in it start with the bucket."""
+    endpoint = urlsplit(access.endpoint_url) if access.endpoint_url else None
+    return fs.S3FileSystem(
+        access_key=access.access_key,
+        secret_key=access.secret_key,
+        region=access.region,
+        scheme=endpoint.scheme if endpoint else "https",
+        endpoint_override=endpoint.netloc if endpoint else None,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
+        connect_timeout=5,
+        request_timeout=60,
+    )
+
+
+def _client(access: S3Access) -> Any:
+    return _client_of_process(access, os.getpid())
+
+
+@functools.lru_cache(maxsize=16)
+def _client_of_process(access: S3Access, process: int) -> Any:
+    """One client for all threads of a process; a forked child must not share its parent's connections."""
+    del process
+    host = urlsplit(access.endpoint_url or "").hostname
+    config = Config(
+        signature_version="s3v4",
+        s3={"addressing_style": "path"},
+        retries={"mode": "standard", "max_attempts": 5},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=64,
+        # Servers other than Amazon's differ in the newer checksums; the index has a sha256 of every clip.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        proxies={} if host in ("127.0.0.1", "localhost", "::1") else None,
+    )
+    return Session().client(
+        "s3",
+        endpoint_url=access.endpoint_url,
+        aws_access_key_id=access.access_key,
+        aws_secret_access_key=access.secret_key,
+        region_name=access.region,
+        config=config,
+    )
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _explained(error: ClientError, place: str, bucket: str, access: S3Access) -> StoreError:
+    code = _code(error)
+    if code == "NoSuchBucket":
+        return MissingObject(f"bucket {bucket!r} does not exist at {access.place}: create it, or correct the site")
+    if code in ("NoSuchKey", "NotFound", "404"):
+        return MissingObject(f"{place} does not exist at {access.place}")
+    if code in _REFUSED:
+        return AccessRefused(
+            f"{access.place} refused access to {place} ({code}): check the S3 access key and secret key of the site"
+        )
+    if code in ("InvalidRange", "416"):
+        return StoreError(f"{place} ends before the bytes asked of it: it is damaged or not what the index describes")
+    message = error.response.get("Error", {}).get("Message", "")
+    return StoreError(f"{access.place} answered {code} for {place}: {message}")
