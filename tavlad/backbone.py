@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast
 
 import safetensors
 import safetensors.torch
@@ -139,18 +139,16 @@ class EfficientNetLite0Trunk(TrunkNetwork):
 
 
 def build_trunk(name: str) -> TrunkNetwork:
-    """A trunk with random weights drawn from torch's generator. ValueError for an unknown name."""
-    match name:
-        case "resnet18":
-            return ResNetTrunk(resnet.resnet18())
-        case "resnet34":
-            return ResNetTrunk(resnet.resnet34())
-        case "resnet50":
-            return ResNetTrunk(resnet.resnet50())
-        case "efficientnet_lite0":
-            return EfficientNetLite0Trunk()
-        case _:
-            raise ValueError(f'trunk = "{name}" is not known; choose one of {", ".join(get_args(Trunk))}')
+    """A trunk in evaluation mode, with random weights drawn from torch's generator. ValueError for an unknown name."""
+    builders: dict[str, Callable[[], TrunkNetwork]] = {
+        "resnet18": lambda: ResNetTrunk(resnet.resnet18()),
+        "resnet34": lambda: ResNetTrunk(resnet.resnet34()),
+        "resnet50": lambda: ResNetTrunk(resnet.resnet50()),
+        "efficientnet_lite0": EfficientNetLite0Trunk,
+    }
+    if name not in builders:
+        raise ValueError(f'trunk = "{name}" is not known; choose one of {", ".join(builders)}')
+    return builders[name]().eval()
 
 
 def load_weights(trunk: TrunkNetwork, name: str, source: str, read_bytes: Callable[[str], bytes] | None = None) -> str:

@@ -1,0 +1,292 @@
+"""The model against the slow formulas of reference.py: logits and gradients, for every variant, in float64."""
+
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import tavlad.model
+from tavlad.attention import class_activation, top_down_attention
+from tavlad.backbone import TrunkMaps, TrunkNetwork
+from tavlad.config import ModelConfig
+from tavlad.model import TaVlad
+from tavlad.temporal import last_states
+from tavlad.vlad import Vlad
+from tests.tavlad import reference
+from tests.tavlad.reference import Array, Head
+
+CLIPS, FRAMES, SIZE, HEIGHT, WIDTH = 2, 3, 5, 2, 3
+PLACES, CLUSTERS, GRU_WIDTH, CLASSES, ACTIONS = HEIGHT * WIDTH, 4, 3, 6, 3
+
+Attention = Literal["none", "cam", "frozen-cam"]
+Temporal = Literal["sum", "gru"]
+Descriptor = Literal["pre_relu", "post_relu"]
+EVERY_VARIANT = list(itertools.product(("none", "cam", "frozen-cam"), ("sum", "gru"), ("pre_relu", "post_relu")))
+
+
+class _GivenMaps(TrunkNetwork):
+    """A trunk whose maps are parameters, the same for all images: so gradients reach each map alone."""
+
+    def __init__(self) -> None:
+        super().__init__(mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5))  # exact in float32
+        self.feature_size = SIZE
+        self.pre = nn.Parameter(torch.zeros(CLIPS * FRAMES, SIZE, HEIGHT, WIDTH))
+        self.post = nn.Parameter(torch.zeros(CLIPS * FRAMES, SIZE, HEIGHT, WIDTH))
+        self.fc = nn.Linear(SIZE, CLASSES)
+        self.images = torch.empty(0)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return self.fc
+
+    def maps(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> TrunkMaps:
+        self.images = images_BCHW
+        return TrunkMaps(self.pre, self.post)
+
+    def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
+        return []
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TaVlad]:
+    """Builds a small model without dropout over a trunk of given maps."""
+    monkeypatch.setattr(tavlad.model, "build_trunk", lambda _: _GivenMaps())
+
+    def build_model(attention: Attention, temporal: Temporal, descriptor: Descriptor) -> TaVlad:
+        config = ModelConfig(
+            attention=attention,
+            temporal=temporal,
+            descriptor=descriptor,
+            num_clusters=CLUSTERS,
+            gru_width=GRU_WIDTH,
+        )
+        return TaVlad(config, ACTIONS).double().eval()
+
+    return build_model
+
+
+def _random_head(temporal: Temporal, alpha: float, seed: int = 0) -> Head:
+    """Random numbers for all of it; centres of about unit length, as k-means on unit descriptors gives."""
+    generator = np.random.default_rng(seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Array:
+        return scale * generator.standard_normal(shape)
+
+    centres_KD = draw(CLUSTERS, SIZE, scale=SIZE**-0.5)
+    assign_weight_KD, assign_bias_K = reference.assignment(centres_KD, alpha)
+    width = SIZE if temporal == "sum" else GRU_WIDTH
+    return Head(
+        pre_BTDN=draw(CLIPS, FRAMES, SIZE, PLACES),
+        post_BTDN=draw(CLIPS, FRAMES, SIZE, PLACES),
+        cam_BTDN=draw(CLIPS, FRAMES, SIZE, PLACES),
+        fc_weight_CD=draw(CLASSES, SIZE),
+        fc_bias_C=draw(CLASSES),
+        assign_weight_KD=assign_weight_KD,
+        assign_bias_K=assign_bias_K,
+        centres_KD=centres_KD,
+        classifier_weight=draw(ACTIONS, CLUSTERS * width),
+        classifier_bias_A=draw(ACTIONS),
+        gru_weight_ih=draw(3 * GRU_WIDTH, SIZE),
+        gru_weight_hh=draw(3 * GRU_WIDTH, GRU_WIDTH),
+        gru_bias_ih=draw(3 * GRU_WIDTH),
+        gru_bias_hh=draw(3 * GRU_WIDTH),
+    )
+
+
+def _parameters(model: TaVlad) -> dict[str, nn.Parameter]:
+    """The model's parameter that stands for each of the head's tensors."""
+    trunk = model.trunk
+    attending = trunk if model.attention_trunk is None else model.attention_trunk
+    assert isinstance(trunk, _GivenMaps)
+    assert isinstance(attending, _GivenMaps)
+    parameters = {
+        "pre_BTDN": trunk.pre,
+        "post_BTDN": trunk.post,
+        "fc_weight_CD": attending.fc.weight,
+        "fc_bias_C": attending.fc.bias,
+        "assign_weight_KD": model.vlad.weight,
+        "assign_bias_K": model.vlad.bias,
+        "centres_KD": model.vlad.centres,
+        "classifier_weight": model.classifier.weight,
+        "classifier_bias_A": model.classifier.bias,
+    }
+    if model.attention_trunk is not None:
+        parameters["cam_BTDN"] = attending.post
+    if model.gru is not None:
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            parameters[f"gru_{name}"] = getattr(model.gru, f"{name}_l0")
+    return parameters
+
+
+@torch.no_grad()
+def _fill(model: TaVlad, head: Head) -> None:
+    for name, parameter in _parameters(model).items():
+        parameter.copy_(torch.from_numpy(getattr(head, name)).reshape(parameter.shape))
+
+
+def _frames() -> Tensor:
+    return torch.randint(
+        0, 256, (CLIPS, FRAMES, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+@pytest.mark.parametrize("alpha", [5.0, 1000.0])
+@pytest.mark.parametrize(("attention", "temporal", "descriptor"), EVERY_VARIANT)
+def test_logits_are_those_of_the_formulas(
+    build: Callable[..., TaVlad], attention: Attention, temporal: Temporal, descriptor: Descriptor, alpha: float
+) -> None:
+    for seed in (0, 1):
+        head, model = _random_head(temporal, alpha, seed), build(attention, temporal, descriptor)
+        _fill(model, head)
+        expected = reference.logits(head, attention, temporal, descriptor)
+        np.testing.assert_allclose(model(_frames()).detach().numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("attention", "temporal", "descriptor"), EVERY_VARIANT)
+def test_gradients_are_the_slopes_of_the_formulas(
+    build: Callable[..., TaVlad], attention: Attention, temporal: Temporal, descriptor: Descriptor
+) -> None:
+    """α = 5: at 1000 the memberships are saturated and their gradient vanishes."""
+    head, model = _random_head(temporal, alpha=5.0), build(attention, temporal, descriptor)
+    _fill(model, head)
+    generator = np.random.default_rng(7)
+    weights_BA = generator.standard_normal((CLIPS, ACTIONS))
+    (model(_frames()) * torch.from_numpy(weights_BA)).sum().backward()
+
+    def scalar(moved: Head) -> float:
+        return float((reference.logits(moved, attention, temporal, descriptor) * weights_BA).sum())
+
+    frozen = {"cam_BTDN", "fc_weight_CD", "fc_bias_C"} if attention == "frozen-cam" else set[str]()
+    for name, parameter in _parameters(model).items():
+        if name in frozen:
+            continue
+        gradient = np.zeros(parameter.shape) if parameter.grad is None else parameter.grad.numpy()
+        gradient = gradient.reshape(getattr(head, name).shape)
+        for _ in range(2):
+            direction = generator.standard_normal(gradient.shape)
+            slope = reference.slope(head, name, direction, scalar)
+            np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_the_gradient_check_sees_every_tensor(build: Callable[..., TaVlad]) -> None:
+    """Else equal zeros would pass for agreement. Only the classifier's winner depends on fc's bias."""
+    head, model = _random_head("gru", alpha=5.0), build("cam", "gru", "pre_relu")
+    _fill(model, head)
+    model(_frames())[:, 0].sum().backward()
+    for name, parameter in _parameters(model).items():
+        largest = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())
+        assert (largest == 0) if name == "fc_bias_C" else (largest > 1e-4), name
+
+
+def test_only_the_winning_classes_learn_through_the_attention(build: Callable[..., TaVlad]) -> None:
+    head, model = _random_head("gru", alpha=5.0), build("cam", "gru", "pre_relu")
+    _fill(model, head)
+    model(_frames()).sum().backward()
+    pooled_BTD = head.post_BTDN.mean(axis=3)
+    winners = set((pooled_BTD @ head.fc_weight_CD.T + head.fc_bias_C).argmax(axis=2).ravel().tolist())
+    gradient_CD = model.trunk.classifier.weight.grad
+    assert gradient_CD is not None
+    assert {c for c in range(CLASSES) if gradient_CD[c].abs().max() > 0} == winners
+    assert 1 < len(winners) < CLASSES
+
+
+def test_attention_of_the_second_trunk_leaves_the_first_ones_classifier_alone(build: Callable[..., TaVlad]) -> None:
+    head, model = _random_head("gru", alpha=5.0), build("frozen-cam", "gru", "pre_relu")
+    _fill(model, head)
+    model(_frames()).sum().backward()
+    assert isinstance(model.trunk, _GivenMaps)
+    assert model.trunk.pre.grad is not None
+    assert model.trunk.post.grad is None
+    assert model.trunk.fc.weight.grad is None
+
+
+@pytest.mark.parametrize("alpha", [5.0, 1000.0])
+def test_initial_memberships_are_a_softmax_of_squared_distances(alpha: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Vlad(CLUSTERS, SIZE).double()
+    centres_KD = torch.randn(CLUSTERS, SIZE, dtype=torch.float64, generator=generator)
+    layer.initialise(centres_KD, alpha)
+    weight_KD, bias_K = reference.assignment(centres_KD.numpy(), alpha)
+    np.testing.assert_allclose(layer.weight.detach().numpy(), weight_KD)
+    np.testing.assert_allclose(layer.bias.detach().numpy(), bias_K)
+    np.testing.assert_allclose(layer.centres.detach().numpy(), centres_KD.numpy())
+
+    x_BTND = torch.randn(1, 1, 50, SIZE, dtype=torch.float64, generator=generator)
+    squared_NK = np.array([[sum((x - c) ** 2) for c in centres_KD.numpy()] for x in x_BTND[0, 0].numpy()])
+    exp_NK = np.exp(-alpha * (squared_NK - squared_NK.min(axis=1, keepdims=True)))
+    expected_NK = exp_NK / exp_NK.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(layer.assign(x_BTND)[0, 0].detach().numpy(), expected_NK, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_is_the_sigmoid_of_the_winners_map(build: Callable[..., TaVlad]) -> None:
+    for attention in ("cam", "frozen-cam", "none"):  # a model without attention shows its trunk's
+        head, model = _random_head("sum", alpha=5.0), build(attention, "sum", "pre_relu")
+        _fill(model, head)
+        map_BTDN = head.cam_BTDN if attention == "frozen-cam" else head.post_BTDN
+        expected = np.array([[reference.frame_attention(map_DN, head) for map_DN in clip] for clip in map_BTDN])
+        shown = model.attention(_frames()).numpy()
+        np.testing.assert_allclose(shown, expected.reshape(CLIPS, FRAMES, HEIGHT, WIDTH), rtol=1e-9)
+        fc, map_BTND = model.trunk.classifier, torch.from_numpy(map_BTDN).transpose(2, 3)
+        activation = class_activation(
+            map_BTND, fc if model.attention_trunk is None else model.attention_trunk.classifier
+        )
+        np.testing.assert_allclose(1 / (1 + np.exp(-activation.detach().numpy())), expected, rtol=1e-9)
+
+
+def test_a_raised_bias_changes_the_winner_and_nothing_else() -> None:
+    """fc's bias takes part in choosing the class, not in its map."""
+    classifier = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        classifier.bias.zero_()
+    features_BTND = torch.tensor([[[[2.0, 1.0], [4.0, -1.0]]]], dtype=torch.float64)
+    for bias, expected in ((0.0, [2.0, 4.0]), (100.0, [1.0, -1.0])):
+        with torch.no_grad():
+            classifier.bias[1] = bias
+        attention_BTN = top_down_attention(features_BTND, classifier)
+        torch.testing.assert_close(attention_BTN[0, 0], torch.tensor(expected, dtype=torch.float64).sigmoid())
+
+
+def test_last_states_are_those_of_the_written_out_recurrence() -> None:
+    head = _random_head("gru", alpha=5.0)
+    gru = nn.GRU(SIZE, GRU_WIDTH, batch_first=True).double()
+    with torch.no_grad():
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            getattr(gru, f"{name}_l0").copy_(torch.from_numpy(getattr(head, f"gru_{name}")))
+    vlad_BTKD = np.random.default_rng(3).standard_normal((CLIPS, 7, CLUSTERS, SIZE))
+    expected = np.array([reference.last_states(list(clip), head) for clip in vlad_BTKD])
+    states = last_states(torch.from_numpy(vlad_BTKD), gru)
+    np.testing.assert_allclose(states.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_trunk_sees_images_normalised_by_its_own_constants(build: Callable[..., TaVlad]) -> None:
+    model, frames = build("none", "sum", "pre_relu"), _frames()
+    model(frames)
+    mean, std = np.array([0.25, 0.5, 0.75])[:, None, None], np.array([0.125, 0.25, 0.5])[:, None, None]
+    expected = (frames.numpy().reshape(-1, 3, 8, 8) / 255 - mean) / std
+    assert isinstance(model.trunk, _GivenMaps)
+    np.testing.assert_allclose(model.trunk.images.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("attention", "temporal", "descriptor"), EVERY_VARIANT)
+def test_float32_is_near_the_formulas_at_the_papers_sharpness(
+    build: Callable[..., TaVlad], attention: Attention, temporal: Temporal, descriptor: Descriptor
+) -> None:
+    head, model = _random_head(temporal, alpha=1000.0), build(attention, temporal, descriptor)
+    _fill(model, head)
+    expected = reference.logits(head, attention, temporal, descriptor)
+    np.testing.assert_allclose(model.float()(_frames()).detach().numpy(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_mixed_precision_leaves_everything_but_trunk_and_gru_in_float32(build: Callable[..., TaVlad]) -> None:
+    head, model = _random_head("sum", alpha=1000.0), build("cam", "sum", "pre_relu")
+    _fill(model, head)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(_frames())
+    torch.testing.assert_close(mixed, model(_frames()), rtol=0, atol=0)
