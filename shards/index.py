@@ -1,0 +1,195 @@
+"""index.parquet: the one description of a shard set. Its presence is what makes the set exist."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from shards.store import Store
+
+FORMAT = 1
+INDEX_PATH = "index.parquet"
+REJECTED_PATH = "rejected.parquet"
+NUM_SPLITS = 3
+
+Part = Literal["train", "test", "unused"]
+Splits = tuple[Part, Part, Part]
+
+_METADATA = b"tavlad"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("action", pa.string()),
+        ("label", pa.int32()),
+        ("split1", pa.string()),
+        ("split2", pa.string()),
+        ("split3", pa.string()),
+        ("group", pa.string()),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("sha256", pa.string()),
+        ("num_source_frames", pa.int32()),
+        ("source_fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("source", pa.string()),
+    ]
+)
+REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
+
+
+class ClipPlace(NamedTuple):
+    """Where one clip lies, and the digest its bytes must have."""
+
+    key: str
+    shard: str
+    offset: int
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipTable:
+    """Rows of an index: columns, never an object a clip, so that ten million clips cost what their columns cost."""
+
+    table: pa.Table
+    labels_N: Int64[np.ndarray, " N"]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "ClipTable":
+        """The columns of these rows, each in one piece, for quick access by row number."""
+        labels_N = table["label"].to_numpy().astype(np.int64)
+        return cls(table=table.combine_chunks(), labels_N=labels_N)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def place(self, row: int) -> ClipPlace:
+        """Where the clip of this row lies."""
+        return ClipPlace(*(self.table[name][row].as_py() for name in ClipPlace._fields))
+
+    def keys(self, rows: Sequence[int] | Int64[np.ndarray, " N"] | None = None) -> list[str]:
+        """Keys of these rows, or of all."""
+        column = self.table["key"]
+        return (column if rows is None else column.take(pa.array(rows))).to_pylist()
+
+    def groups(self) -> list[str]:
+        """Source group of each clip: clips of one group must not be on both sides of a validation split."""
+        return self.table["group"].to_pylist()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Index:
+    """A finished shard set."""
+
+    name: str
+    """Of the data set."""
+    actions: tuple[str, ...]
+    """Action names; a label is a position here."""
+    num_frames: int
+    """Frames per clip, T."""
+    packing: Mapping[str, object]
+    """The options the set was packed with."""
+    plan: str
+    """Fingerprint of what was to be packed: names, splits, sizes and ends of the videos, and the options."""
+    fingerprint: str
+    """Fingerprint of what was packed: the above and every clip's digest."""
+    clips_table: ClipTable
+    """All clips, in the order of the shards."""
+
+    def clips(self, split: int, part: Literal["train", "test"]) -> ClipTable:
+        """The clips of one part of split 1, 2 or 3, in the order of the shards."""
+        if split not in range(1, NUM_SPLITS + 1):
+            raise ValueError(f"there is no split {split}: a set has splits 1, 2 and 3")
+        assert part in ("train", "test"), part
+        table = self.clips_table.table
+        rows = np.flatnonzero(table[f"split{split}"].to_numpy(zero_copy_only=False) == part)
+        if not len(rows):
+            raise ValueError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
+        return ClipTable.of(table.take(pa.array(rows)))
+
+
+def make_index(
+    *, name: str, actions: Sequence[str], packing: Mapping[str, object], num_frames: int, plan: str, rows: pa.Table
+) -> Index:
+    """An index of these rows (schema `SCHEMA`), with the fingerprint of all of it."""
+    described = {
+        "format": FORMAT,
+        "name": name,
+        "actions": list(actions),
+        "num_frames": num_frames,
+        "packing": dict(packing),
+        "plan": plan,
+    }
+    # A clip's digest covers its key, action, splits, group and frames: they are in its json member.
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for chunk in rows["sha256"].chunks:
+        digest.update("\n".join(chunk.to_pylist()).encode())
+    return Index(
+        name=name,
+        actions=tuple(actions),
+        num_frames=num_frames,
+        packing=dict(packing),
+        plan=plan,
+        fingerprint=digest.hexdigest(),
+        clips_table=ClipTable.of(rows),
+    )
+
+
+def index_bytes(index: Index) -> bytes:
+    """The content of index.parquet."""
+    described = {
+        "format": FORMAT,
+        "name": index.name,
+        "actions": list(index.actions),
+        "num_frames": index.num_frames,
+        "packing": dict(index.packing),
+        "plan": index.plan,
+        "fingerprint": index.fingerprint,
+    }
+    return table_bytes(index.clips_table.table, described)
+
+
+def load_index(store: Store) -> Index:
+    """The index of the set at `store`. ValueError if there is no finished set, or one of another format."""
+    if not store.exists(INDEX_PATH):
+        raise ValueError(f"no finished set at {store.uri}: packing was not finished; run tavlad pack again")
+    table, described = read_table(store, INDEX_PATH)
+    if described.get("format") != FORMAT:
+        found = described.get("format", "unknown")
+        raise ValueError(
+            f"{store.uri}/{INDEX_PATH} has format {found}, this version reads {FORMAT}: pack the set again"
+        )
+    return Index(
+        name=described["name"],
+        actions=tuple(described["actions"]),
+        num_frames=described["num_frames"],
+        packing=described["packing"],
+        plan=described["plan"],
+        fingerprint=described["fingerprint"],
+        clips_table=ClipTable.of(table),
+    )
+
+
+def table_bytes(table: pa.Table, described: Mapping[str, object]) -> bytes:
+    """A Parquet file whose metadata says what it belongs to."""
+    sink = pa.BufferOutputStream()
+    metadata = {_METADATA: json.dumps(described, sort_keys=True).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def read_table(store: Store, path: str) -> tuple[pa.Table, dict[str, Any]]:
+    """A table written by `table_bytes`, and what it says of itself."""
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(path)))
+    except pa.ArrowException as error:
+        raise ValueError(f"{store.uri}/{path} is not a Parquet file: delete it and run tavlad pack again") from error
+    return table, json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))

@@ -1,0 +1,210 @@
+"""A video file becomes T frames, chosen exactly, or an error that says why it cannot."""
+
+import io
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from av.packet import Packet
+from jaxtyping import UInt8
+from torch.nn import functional as F
+
+from tavlad.clip import BadClip, uniform_frame_indices
+
+_RIFF, _EBML, _SEGMENT = b"RIFF", b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
+
+
+class VideoError(BadClip):
+    """A video that cannot be used whole; `path` and `reason` say which and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # all arguments, so that it survives pickling between processes
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedClip:
+    """The chosen frames of a video and what the video was."""
+
+    frames_THWC: UInt8[np.ndarray, "T H W 3"]
+    """RGB, upright."""
+    frame_indices: tuple[int, ...]
+    """Which decoded frames these are, 0-based."""
+    num_source_frames: int
+    """Frames that the video decodes to; what its container claims is often off by some."""
+    source_fps: float
+    """Average frames per second by the container; 0 if it does not say."""
+    width: int
+    """Pixels of the source, upright."""
+    height: int
+
+
+def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | None) -> DecodedClip:
+    """Decodes `num_frames` frames, uniform over time, from a file or from its bytes.
+
+    Frames are counted by decoding them all, in presentation order: containers are wrong (DivX files of HMDB51 claim one
+    or two frames that do not exist). The short side becomes `short_side` pixels, or stays if it is shorter or None.
+    Raises `VideoError` for whatever is missing, empty, truncated, damaged, or no video.
+    """
+    _check_whole(source)
+    # An upper bound on the frames, without decoding. It is off by at most two for nearly all videos, so one pass that
+    # keeps the candidates of three counts is enough; memory holds at most 3 T small frames, whatever the video's size.
+    guess = max(1, sum(1 for _ in _Reader(source).packets()))
+    guesses = range(max(1, guess - 2), guess + 1)
+    wanted = {index for count in guesses for index in uniform_frame_indices(count, num_frames)}
+    found = _decode(source, wanted, short_side)
+    indices = uniform_frame_indices(found.num_frames, num_frames)
+    if not found.frames.keys() >= set(indices):
+        found = _decode(source, set(indices), short_side)
+    return DecodedClip(
+        frames_THWC=np.stack([found.frames[index] for index in indices]),
+        frame_indices=tuple(indices),
+        num_source_frames=found.num_frames,
+        source_fps=found.fps,
+        width=found.width,
+        height=found.height,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    frames: dict[int, UInt8[np.ndarray, "H W 3"]]
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+
+
+def _decode(source: str | Path | bytes, wanted: Collection[int], short_side: int | None) -> _Found:
+    """One pass over all frames, keeping those wanted."""
+    reader = _Reader(source)
+    frames: dict[int, UInt8[np.ndarray, "H W 3"]] = {}
+    num_frames, size = 0, (0, 0)
+    for frame in reader.frames():
+        size = size if num_frames else (frame.width, frame.height)
+        if (frame.width, frame.height) != size:
+            change = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height}"
+            raise VideoError(reader.name, f"the frame size changes {change} at frame {num_frames}")
+        if num_frames in wanted:
+            frames[num_frames] = _upright_rgb(frame, short_side)
+        num_frames += 1
+    if not num_frames:
+        raise VideoError(reader.name, "not one frame can be decoded")
+    width, height = size if reader.quarter_turns % 2 == 0 else size[::-1]
+    return _Found(frames=frames, num_frames=num_frames, fps=reader.fps, width=width, height=height)
+
+
+class _Reader:
+    """Packets and frames of a file's main video stream; every failure of the decoder becomes a `VideoError`."""
+
+    def __init__(self, source: str | Path | bytes) -> None:
+        self._source = source
+        self.name = _name_of(source)
+        self.fps = 0.0
+        self.quarter_turns = 0
+
+    def packets(self) -> "Iterator[Packet[Any]]":
+        """The packets that hold something, and the empty one that ends the stream is left out."""
+        return (packet for packet in self._packets() if packet.size)
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        """Decoded frames in presentation order."""
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except (FFmpegError, EOFError) as error:
+                raise VideoError(self.name, f"cannot be decoded to its end ({_plain(error)})") from error
+            for frame in frames:
+                assert isinstance(frame, av.VideoFrame)
+                if frame.is_corrupt:
+                    raise VideoError(self.name, "holds damaged frames, which the decoder could only guess")
+                self.quarter_turns = _quarter_turns(frame)
+                yield frame
+
+    def _packets(self) -> "Iterator[Packet[Any]]":
+        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source)
+        try:
+            # Some HMDB51 files carry metadata that is not UTF-8.
+            with av.open(source, mode="r", metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if not isinstance(stream, av.VideoStream):
+                    raise VideoError(self.name, "holds no video stream that can be decoded")
+                self.fps = float(stream.average_rate or 0)
+                stream.codec_context.thread_count = 1  # packing runs a process a core; and errors come in order
+                for packet in container.demux(stream):
+                    if packet.is_corrupt:
+                        raise VideoError(self.name, "is truncated or damaged: a packet of it is incomplete")
+                    yield packet
+        except (FFmpegError, EOFError, OSError) as error:
+            raise VideoError(self.name, f"cannot be read as a video ({_plain(error)})") from error
+
+
+def _upright_rgb(frame: av.VideoFrame, short_side: int | None) -> UInt8[np.ndarray, "H W 3"]:
+    """8-bit RGB whatever the pixel format, turned as the file asks, resized with antialiasing."""
+    rgb_HWC = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+    height, width = rgb_HWC.shape[:2]
+    shortest = min(height, width)
+    if short_side is None or shortest <= short_side:
+        return np.ascontiguousarray(rgb_HWC)
+    size = (round(height * short_side / shortest), round(width * short_side / shortest))
+    frame_1CHW = torch.from_numpy(np.ascontiguousarray(rgb_HWC)).permute(2, 0, 1)[None]
+    resized_1CHW = F.interpolate(frame_1CHW, size=size, mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized_1CHW[0].permute(1, 2, 0).numpy())
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise quarter turns that make the frame upright (phones film upright with a rotation flag)."""
+    return round(frame.rotation / 90) % 4
+
+
+def _check_whole(source: str | Path | bytes) -> None:
+    """A missing, empty or cut file is told before any decoding; demuxers read a cut AVI or Matroska without a word."""
+    name = _name_of(source)
+    try:
+        if isinstance(source, bytes):
+            head, size = source[:64], len(source)
+        else:
+            with Path(source).open("rb") as file:
+                head, size = file.read(64), Path(source).stat().st_size
+    except FileNotFoundError as error:
+        raise VideoError(name, "does not exist") from error
+    except OSError as error:
+        raise VideoError(name, f"cannot be opened ({error.strerror})") from error
+    if not size:
+        raise VideoError(name, "is empty (0 bytes)")
+    claimed = _claimed_size(head)
+    if claimed > size:
+        raise VideoError(name, f"is truncated: it says it has {claimed} bytes and has {size}")
+
+
+def _claimed_size(head: bytes) -> int:
+    """Bytes that an AVI or Matroska file says it has at least; 0 where it does not say."""
+    if head.startswith(_RIFF):
+        return int.from_bytes(head[4:8], "little") + 8
+    segment = head.find(_SEGMENT)
+    if not head.startswith(_EBML) or not 0 <= segment < 48:
+        return 0
+    # EBML: the number of leading zero bits is the number of bytes after the first; all ones is "unknown" (a live file).
+    first = segment + len(_SEGMENT)
+    length = 9 - head[first].bit_length()
+    value = int.from_bytes(head[first : first + length], "big") - (1 << 7 * length)
+    return 0 if value == (1 << 7 * length) - 1 else first + length + value
+
+
+def _name_of(source: str | Path | bytes) -> str:
+    return f"a video of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _plain(error: Exception) -> str:
+    """The reason in a decoder's error, without its number and the path."""
+    text = getattr(error, "strerror", None) or str(error)
+    return str(text).rstrip(".").lower()
