@@ -16,6 +16,7 @@ from boto3.s3.transfer import TransferConfig
 from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from pyarrow import fs
 
 from shards.store import (
@@ -54,17 +55,17 @@ class S3Store(Store):
         return complete(data, length, f"{self.uri}/{path}", offset)
 
     def write(self, path: str, data: bytes) -> None:
-        with self.errors(path):
+        with self._errors_of_write(path):
             _client(self.access).put_object(Bucket=self._bucket, Key=self._key(path), Body=data)
 
     def write_if_absent(self, path: str, data: bytes) -> bool:
         token = uuid.uuid4().hex
         place = {"Bucket": self._bucket, "Key": self._key(path)}
-        with self.errors(path):
+        with self._errors_of_write(path):
             try:
                 _client(self.access).put_object(**place, Body=data, IfNoneMatch="*", Metadata={"writer": token})
             except ClientError as error:
-                if _code(error) not in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                if _code(error) not in ("PreconditionFailed", "412"):
                     raise
                 # A retried request may have been beaten by its own first attempt, whose answer was lost.
                 return _client(self.access).head_object(**place)["Metadata"].get("writer") == token
@@ -74,7 +75,10 @@ class S3Store(Store):
         try:
             self.size(path)
         except MissingObject:
-            self._check_bucket()
+            with self.errors(
+                path
+            ):  # answers to HEAD have no body: only this tells a missing bucket from a missing object
+                _require_bucket(self.access, self._bucket, os.getpid())
             return False
         return True
 
@@ -96,7 +100,7 @@ class S3Store(Store):
             _client(self.access).delete_object(Bucket=self._bucket, Key=self._key(path))
 
     def upload(self, local: Path, path: str) -> None:
-        with self.errors(path):
+        with self._errors_of_write(path):
             if not local.is_file():
                 raise MissingObject(f"{local} does not exist")
             _client(self.access).upload_file(str(local), self._bucket, self._key(path), Config=_TRANSFER)
@@ -134,10 +138,11 @@ class S3Store(Store):
                     time.sleep(0.1 * 4**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def _check_bucket(self) -> None:
-        """HEAD answers have no body: only this tells a missing bucket from a missing object."""
-        with self.errors(""):
-            _client(self.access).list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+    @contextlib.contextmanager
+    def _errors_of_write(self, path: str) -> Generator[None]:
+        with self.errors(path):
+            _require_bucket(self.access, self._bucket, os.getpid())
+            yield
 
     @contextlib.contextmanager
     def errors(self, path: str) -> Generator[None]:
@@ -147,7 +152,7 @@ class S3Store(Store):
             yield
         except ClientError as error:
             raise _explained(error, place, self._bucket, self.access) from error
-        except HTTPClientError as error:
+        except (HTTPClientError, BotoConnectionError) as error:
             message = f"no S3 server answers at {self.access.place} (for {place}): check the address, and that it runs"
             raise StoreUnreachable(message) from error
         except (BotoCoreError, Boto3Error) as error:  # upload_file wraps the answer in an error of its own
@@ -193,7 +198,7 @@ def _client_of_process(access: S3Access, process: int) -> Any:
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path"},
-        retries={"mode": "standard", "max_attempts": 5},
+        retries={"mode": "standard", "max_attempts": 8},  # about 8 s: a server that restarts is waited for
         connect_timeout=5,
         read_timeout=60,
         max_pool_connections=64,
@@ -210,6 +215,12 @@ def _client_of_process(access: S3Access, process: int) -> Any:
         region_name=access.region,
         config=config,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _require_bucket(access: S3Access, bucket: str, process: int) -> None:
+    """Some servers create a bucket that is merely written to: with them a mistyped name would swallow a data set."""
+    _client_of_process(access, process).list_objects_v2(Bucket=bucket, MaxKeys=1)
 
 
 def _code(error: ClientError) -> str:
