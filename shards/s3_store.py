@@ -75,9 +75,8 @@ class S3Store(Store):
         try:
             self.size(path)
         except MissingObject:
-            with self.errors(
-                path
-            ):  # answers to HEAD have no body: only this tells a missing bucket from a missing object
+            # Answers to HEAD have no body: only asking again tells a missing bucket from a missing object.
+            with self.errors(path):
                 _require_bucket(self.access, self._bucket, os.getpid())
             return False
         return True
