@@ -131,7 +131,8 @@ class SpooledLog:
         SpoolError when another process holds the folder.
         """
         self._spool = Spool(spool)
-        self._spool.append({"kind": "run", "run": run if isinstance(run, str) else run.to_record()})
+        self._begins_at = self._spool.append({"kind": "run", "run": run if isinstance(run, str) else run.to_record()})
+        self._trouble: TrackingError | None = None
         self._wake = threading.Event()
         self._sampling_ends = threading.Event()
         self._closing = threading.Event()
@@ -174,6 +175,19 @@ class SpooledLog:
         """Say that the run ended."""
         self._tell({"kind": "finish", "status": status, "time": _now()})
 
+    def run_id(self, timeout: float | int = 30) -> str:
+        """The server's id of this run, once it has it; TrackingError after `timeout` seconds without."""
+        deadline = time.monotonic() + timeout
+        while self._spool.mark.offset < self._begins_at:
+            if time.monotonic() > deadline:
+                trouble = self._trouble or TrackingError("the tracking server has not taken the run yet")
+                raise TrackingError(f"{trouble}; records wait in {self._spool.folder}, try again later")
+            time.sleep(0.02)
+        run_id = self._spool.mark.run_id
+        if run_id is None:
+            raise TrackingError(f"the tracking server refused this run: {self._spool.folder}/rejected.jsonl says why")
+        return run_id
+
     def close(self, timeout: float | int = 30) -> int:
         """Try to deliver what is left for at most `timeout` seconds; return how many records stay in the spool."""
         deadline = time.monotonic() + timeout
@@ -208,17 +222,18 @@ class SpooledLog:
                 while deliver_next() and not self._abandoned.is_set():
                     pass
             except TrackingError as error:
-                if not seconds_to_next_try:
+                if self._trouble is None:
                     _log.warning("%s; the run goes on, its records wait in %s", error, self._spool.folder)
+                self._trouble = error
                 seconds_to_next_try = min(max(0.5, 2 * seconds_to_next_try), _MAX_SECONDS_BETWEEN_TRIES)
                 if closing:
                     self._abandoned.wait(0.5)
                 else:
                     self._closing.wait(seconds_to_next_try)
                 continue
-            if seconds_to_next_try:
+            if self._trouble is not None:
                 _log.warning("MLflow answers again, nothing was lost")
-                seconds_to_next_try = 0.0
+            self._trouble, seconds_to_next_try = None, 0.0
             if closing:
                 return
             self._wake.wait()

@@ -113,14 +113,18 @@ class Spool:
         self._writing = threading.Lock()
         self.mark = self._read_mark()
 
-    def append(self, record: Record, *, durable: bool = True) -> None:
-        """Add one record; `durable` waits until the disk has it (survives power loss, not only the process)."""
+    def append(self, record: Record, *, durable: bool = True) -> int:
+        """Add one record and return where its line ends.
+
+        `durable` waits until the disk has it: it then survives power loss, not only the end of the process.
+        """
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._writing:
             self._lines.write(line)
             self._lines.flush()
             if durable:
                 os.fsync(self._lines.fileno())
+            return self._lines.tell()
 
     def undelivered(self, max_lines: int) -> list[Line]:
         """The first lines after the mark, at most `max_lines`."""

@@ -81,7 +81,17 @@ class Tracker(SpooledLog):
         if seconds_between_system_metrics > 0:
             machine = _Machine(prefix=f"system/{node}/" if node else "system/")
             sampling = Sampling(seconds_between=seconds_between_system_metrics, sample=machine.sample)
+        self._tracking_uri = tracking_uri
         super().__init__(run, spool, lambda opened: _Courier(tracking_uri, opened).deliver_next, sampling)
+
+    def url(self, timeout: float | int = 30) -> str:
+        """The run's page; the server's first page if it has not taken the run within `timeout` seconds."""
+        address = without_user(self._tracking_uri)
+        try:
+            run = MlflowClient(self._tracking_uri).get_run(self.run_id(timeout))
+        except (TrackingError, MlflowException):
+            return address
+        return f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def create_run(
@@ -99,7 +109,7 @@ def create_run(
     given to `Tracker` creates the run when it does.
     """
     spec = RunSpec(experiment=experiment, name=name, tags=tags, params=params, parent=parent)
-    _require_answer(tracking_uri)
+    require_answer(tracking_uri)
     client = MlflowClient(tracking_uri)
     try:
         run_id = _find_or_create(client, spec)
@@ -140,7 +150,7 @@ class _Courier:
         lines = self._spool.undelivered(max_lines=100)
         if not lines and not self._spool.mark.postponed:
             return False
-        _require_answer(self._tracking_uri)
+        require_answer(self._tracking_uri)
         try:
             if lines:
                 self._deliver_lines(lines)
@@ -254,7 +264,10 @@ class _Courier:
         self._spool.drop_copy(record["copy"])
 
     def _run_id_of(self, run: str | Record) -> str:
-        return run if isinstance(run, str) else _find_or_create(self._client, RunSpec.from_record(run))
+        """The id of a run that goes on."""
+        run_id = run if isinstance(run, str) else _find_or_create(self._client, RunSpec.from_record(run))
+        self._client.update_run(run_id, status="RUNNING")
+        return run_id
 
 
 def _leading_metrics(lines: list[Line]) -> list[Line]:
@@ -271,7 +284,7 @@ def _leading_metrics(lines: list[Line]) -> list[Line]:
     return group
 
 
-def _require_answer(tracking_uri: str) -> None:
+def require_answer(tracking_uri: str) -> None:
     """TrackingError within seconds when no MLflow server answers at an http(s) address."""
     if not tracking_uri.startswith(("http://", "https://")):
         return

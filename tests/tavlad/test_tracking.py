@@ -53,6 +53,27 @@ def test_a_run_started_again_continues_its_mlflow_run(mlflow_server: MlflowServe
     assert run.data.tags["variant"] == "ta-vlad"
 
 
+def test_a_tracker_knows_its_run_and_page_as_soon_as_the_server_does(
+    mlflow_server: MlflowServer, experiment: str, tmp_path: Path
+) -> None:
+    spec = RunSpec(experiment=experiment, name="train", tags={RUN_TAG: "a"}, params={})
+    tracker = Tracker("http://127.0.0.1:9", spec, tmp_path)
+    with pytest.raises(TrackingError, match="does not answer: start it"):
+        tracker.run_id(0.5)
+    assert tracker.url(0) == "http://127.0.0.1:9"
+    tracker.close(0.1)
+    tracker = Tracker(mlflow_server.uri, spec, tmp_path)
+    run_id = tracker.run_id()
+    run = MlflowClient(mlflow_server.uri).get_run(run_id)
+    assert tracker.url() == f"{mlflow_server.uri}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    tracker.finish()
+    assert tracker.close() == 0
+    again = Tracker(mlflow_server.uri, spec, tmp_path)
+    assert again.run_id() == run_id
+    assert MlflowClient(mlflow_server.uri).get_run(run_id).info.status == "RUNNING"
+    assert again.close() == 0
+
+
 def test_a_stage_is_shown_under_its_training(mlflow_server: MlflowServer, experiment: str) -> None:
     parent = start(mlflow_server, experiment)
     child = create_run(mlflow_server.uri, experiment, "stage1", {RUN_TAG: "a-split1/stage1"}, {}, parent=parent)
@@ -215,7 +236,7 @@ def test_what_the_server_refuses_is_kept_aside_and_stops_nothing(
     with caplog.at_level(logging.WARNING):
         assert gone.close() == 0
     rejected = [json.loads(line) for line in (tmp_path / "gone/rejected.jsonl").read_text().splitlines()]
-    assert [line["record"]["kind"] for line in rejected] == ["metrics", "tags"]
+    assert [line["record"]["kind"] for line in rejected] == ["run", "metrics", "tags"]
     assert "MLflow refused metrics" in caplog.text
 
 
