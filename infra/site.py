@@ -26,8 +26,8 @@ _KEYS = {  # key of a site file -> variable that overrides it
 _OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1"}
 _ACCESS_KEY = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 _SECRET_KEY = ("TAVLAD_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
-# Ray turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, unless it believes itself on a
-# system without clusters. The name is Ray's; the variable works, and is needed, on Linux.
+# Ray turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, unless it takes itself to be
+# on a system without clusters. The name is Ray's; the variable works, and is needed, on Linux.
 _RAY_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOOPBACK = "127.0.0.1,localhost"
 

@@ -91,8 +91,9 @@ class S3Store(Store):
         with self.errors(prefix):
             pages = _client(self.access).get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=root + prefix):
-                found += [entry["Key"].removeprefix(root) for entry in page.get("Contents", [])]
-        return sorted(path for path in found if not path.endswith("/"))  # some writers leave folder markers
+                found += [entry["Key"] for entry in page.get("Contents", [])]
+        # Arrow marks folders by objects whose names end in "/".
+        return sorted(key.removeprefix(root) for key in found if not key.endswith("/"))
 
     def delete(self, path: str) -> None:
         with self.errors(path):
