@@ -6,7 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,8 @@ class ModelCard:
     """Pixels the short side of a video is reduced to, when longer, before cropping."""
     crop: int
     """Side of the square the trunk sees, in pixels."""
+    precision: Literal["bf16", "float32"]
+    """Of the trunk and the GRU, in training and in evaluation."""
     format: int = FORMAT
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: data set fingerprint, split, run, trunk weights; not needed to load it."""

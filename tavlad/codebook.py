@@ -14,11 +14,6 @@ from tavlad.model import TaVlad
 from tavlad.parallel import autocast
 
 
-def clips_needed(config: CodebookConfig, num_clips: int, num_frames: int) -> int:
-    """How many of a set's `num_clips` training clips of `num_frames` frames give the codebook's frames."""
-    return min(num_clips, -(-config.frames // min(config.frames_per_video, num_frames)))
-
-
 @torch.no_grad()
 def sample_descriptors(
     model: TaVlad,

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Config = TypeVar("Config")
@@ -125,17 +125,6 @@ STAGE1 = StageConfig(epochs=50, lr=1e-2)
 """The paper's first stage: GRU and classifier."""
 STAGE2 = StageConfig(epochs=30, lr=1e-4, trunk="last-block", fc=True, vlad=True)
 """The paper's second stage: also the last block's convolutions, the trunk's classifier and the VLAD layer."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearningConfig:
-    """All that decides what a training computes, given a data set and a split."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    stage1: StageConfig = STAGE1
-    stage2: StageConfig = STAGE2
 
 
 def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Config | None = None) -> Config:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from tavlad.attention import top_down_attention
-from tavlad.backbone import TrunkMaps, build_trunk
+from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.config import ModelConfig
 from tavlad.temporal import last_states, sum_over_time
 from tavlad.vlad import Vlad
@@ -37,7 +37,7 @@ class TaVlad(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = build_trunk(config.trunk)
-        size: int = self.trunk.feature_size
+        size = self.trunk.feature_size
         self.attention_trunk = copy.deepcopy(self.trunk) if config.attention == "frozen-cam" else None
         self.vlad = Vlad(config.num_clusters, size)
         self.gru = nn.GRU(size, config.gru_width, batch_first=True) if config.temporal == "gru" else None
@@ -103,7 +103,7 @@ def _places(map_BDHW: Tensor, num_clips: int, num_frames: int) -> Tensor:
     return map_BDHW.flatten(2).transpose(1, 2).unflatten(0, (num_clips, num_frames))
 
 
-def _run_trunk(trunk: nn.Module, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> TrunkMaps:
+def _run_trunk(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> TrunkMaps:
     """The trunk's maps of 0-255 images; in bounded passes where no gradient is wanted."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters()):
         return _normalise_and_run(trunk, images_BCHW)
@@ -115,7 +115,7 @@ def _run_trunk(trunk: nn.Module, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> Trunk
     )
 
 
-def _normalise_and_run(trunk: nn.Module, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> TrunkMaps:
+def _normalise_and_run(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> TrunkMaps:
     mean, std = trunk.mean_C[:, None, None], trunk.std_C[:, None, None]
     normalised = (images_BCHW.to(mean.dtype).div_(255) - mean).div_(std)
     return trunk.maps(normalised.contiguous(memory_format=torch.channels_last))

@@ -17,11 +17,7 @@ def trained_modules(model: TaVlad, stage: StageConfig) -> list[nn.Module]:
     if stage.fc and model.config.attention == "cam":  # without attention no gradient reaches it
         modules.append(model.trunk.classifier)
     if stage.trunk != "frozen":
-        convs: list[nn.Module] = model.trunk.last_block_convs()
-        if stage.trunk == "last-block-without-downsample":
-            names = {module: name for name, module in model.trunk.named_modules()}
-            convs = [conv for conv in convs if "downsample" not in names[conv]]
-        modules.extend(convs)
+        modules.extend(model.trunk.last_block_convs(downsample=stage.trunk == "last-block"))
     return modules
 
 

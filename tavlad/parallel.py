@@ -1,7 +1,7 @@
 """The world a training runs in: alone, or one of several ranks that share each batch."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,4 +56,4 @@ ALONE = World()
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """bf16 autocast, or nothing for precision "float32"."""
-    return torch.autocast(cast(str, device.type), dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

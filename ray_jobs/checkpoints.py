@@ -1,0 +1,55 @@
+"""A run's checkpoints on the store: written whole, then made visible by one last object; the newest ones are kept."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from shards.store import Store
+
+_COMPLETE = "complete.json"
+
+
+class Checkpoints:
+    """Checkpoint directories under one prefix; their names sort in the order of training."""
+
+    def __init__(self, store: Store, keep: int = 2) -> None:
+        self._store = store
+        self._keep = keep
+
+    def save(self, name: str, directory: Path) -> None:
+        """Upload a checkpoint directory; it exists once all of it does. Older ones beyond `keep` are then removed."""
+        digests: dict[str, str] = {}
+        for path in sorted(directory.iterdir()):
+            self._store.upload(path, f"{name}/{path.name}")
+            digests[path.name] = _sha256(path)
+        self._store.write(f"{name}/{_COMPLETE}", json.dumps(digests, indent=1).encode())
+        for old in self.names()[: -self._keep]:
+            self._remove(old)
+
+    def names(self) -> list[str]:
+        """Names of the whole checkpoints, oldest first."""
+        suffix = f"/{_COMPLETE}"
+        return sorted(path.removesuffix(suffix) for path in self._store.list() if path.endswith(suffix))
+
+    def fetch(self, name: str, directory: Path) -> None:
+        """Download a checkpoint and check it against its digests."""
+        digests: dict[str, str] = json.loads(self._store.read(f"{name}/{_COMPLETE}"))
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, digest in digests.items():
+            self._store.download(f"{name}/{file}", directory / file)
+            if _sha256(directory / file) != digest:
+                raise ValueError(
+                    f"{self._store.uri}/{name}/{file} is damaged (its SHA-256 differs): delete the checkpoint "
+                    f"{self._store.uri}/{name} and run again; training goes on from the one before"
+                )
+
+    def _remove(self, name: str) -> None:
+        # What makes it visible goes first: a checkpoint half removed is none.
+        self._store.delete(f"{name}/{_COMPLETE}")
+        for path in self._store.list(f"{name}/"):
+            self._store.delete(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

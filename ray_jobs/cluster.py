@@ -1,0 +1,27 @@
+"""The one way a verb reaches Ray."""
+
+from typing import Any
+
+import ray
+
+from infra.site import Site
+
+
+def connect(site: Site) -> None:
+    """Connect this process to the site's cluster, once; workers find the site by its name."""
+    if ray.is_initialized():
+        return
+    runtime_env: dict[str, Any] = {"env_vars": site.worker_environment()}
+    try:
+        ray.init(
+            address=site.ray_address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR", configure_logging=True
+        )
+    except ConnectionError as error:
+        raise ValueError(
+            f"no Ray cluster answers at {site.ray_address} (site {site.name}): start it, or correct ray_address"
+        ) from error
+
+
+def num_cpus() -> int:
+    """CPUs of the whole cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))

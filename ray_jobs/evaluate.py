@@ -1,0 +1,66 @@
+"""tavlad evaluate: a model's scores on one part of a set's split."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+import torch
+
+from infra.site import Site, load_site
+from ray_jobs.cluster import connect
+from ray_jobs.console import Console
+from ray_jobs.models import fetch_model
+from ray_jobs.plan import locate_set
+from shards.index import load_index
+from shards.read import ClipLoader, LoaderOptions
+from shards.store import open_store
+from tavlad.checkpoint import load_model
+from tavlad.evaluate import evaluate
+from tavlad.metrics import Scores
+
+_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A model's scores and the names of its actions, in label order."""
+
+    scores: Scores
+    actions: tuple[str, ...]
+
+
+def evaluate_model(
+    site: Site, model: str, dataset: str, split: int, part: Literal["train", "test"], console: Console
+) -> Evaluation:
+    """The scores of a model (a registered one such as "NAME@best", or a directory) by a Ray task."""
+    connect(site)
+    console.heading(f"Evaluating {model} on the {part} part of {dataset}, split {split}")
+    num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    task = _evaluate.options(num_gpus=num_gpus)
+    try:
+        return ray.get(task.remote(site.name, model, dataset, split, part))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
+
+
+@ray.remote(num_cpus=1)
+def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal["train", "test"]) -> Evaluation:
+    site = load_site(site_name)
+    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
+        model, card = load_model(fetch_model(site.mlflow_uri, name, Path(folder)))
+    store = open_store(locate_set(site, dataset), site.s3)
+    index = load_index(store)
+    if index.actions != card.actions or index.num_frames != card.num_frames:
+        raise ValueError(
+            f"{name} tells {len(card.actions)} actions apart in clips of {card.num_frames} frames, and {store.uri} has "
+            f"{len(index.actions)} actions in clips of {index.num_frames} frames: evaluate it on the set it was trained on"
+        )
+    options = LoaderOptions(batch_size=_BATCH_SIZE, seed=0, crop=card.crop, augment=False, shuffle=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = ClipLoader(index, store, split, part, options)
+    scores = evaluate(model.to(device), loader.epoch(0), card.precision)
+    return Evaluation(scores=scores, actions=card.actions)

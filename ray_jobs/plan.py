@@ -1,0 +1,77 @@
+"""What a training is, before any of it runs: its recipe, its set, its split, and the name that follows from them."""
+
+from dataclasses import dataclass
+
+from infra.site import Site
+from ray_jobs.checkpoints import Checkpoints
+from ray_jobs.recipe import Recipe
+from shards.index import Index, load_index
+from shards.store import open_store
+from tavlad.config import StageConfig
+
+_RESULT_FORMAT = 1  # raise it when the same recipe would no longer compute the same
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """One training of one split. The same recipe, set and split give the same name: that is how it is resumed."""
+
+    site_name: str
+    recipe: Recipe
+    split: int
+    dataset_uri: str
+    dataset_name: str
+    dataset_fingerprint: str
+    name: str
+    """Such as "demo-split1-ta-vlad-1a2b3c4d5e"."""
+    uri: str
+    """Where its checkpoints are."""
+
+    @property
+    def stages(self) -> list[tuple[int, StageConfig]]:
+        """The stages that have epochs, by number."""
+        stages = [(1, self.recipe.stage1), (2, self.recipe.stage2)]
+        return [(number, stage) for number, stage in stages if stage.epochs > 0]
+
+    @property
+    def last_checkpoint(self) -> str:
+        """Name of the checkpoint that ends the training."""
+        number, stage = self.stages[-1]
+        return checkpoint_name(number, stage.epochs)
+
+    def checkpoints(self, site: Site) -> Checkpoints:
+        """The store of its checkpoints."""
+        return Checkpoints(open_store(f"{self.uri}/checkpoints", site.s3))
+
+
+def locate_set(site: Site, dataset: str) -> str:
+    """The URI of a packed set given by name, s3:// URI or folder."""
+    return dataset if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
+
+
+def checkpoint_name(stage: int, epoch: int) -> str:
+    """The checkpoint after an epoch (from 1); names sort in the order of training."""
+    return f"stage{stage}-epoch{epoch:05d}"
+
+
+def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
+    """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
+    dataset_uri = locate_set(site, recipe.dataset)
+    index = load_index(open_store(dataset_uri, site.s3))
+    for part in ("train", "test"):
+        index.clips(split, part)  # refuses a part without clips
+    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
+        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
+    fingerprint = recipe.fingerprint(set=index.fingerprint, split=split, format=_RESULT_FORMAT)
+    name = f"{index.name}-split{split}-{recipe.model.variant}-{fingerprint[:10]}"
+    plan = TrainingPlan(
+        site_name=site.name,
+        recipe=recipe,
+        split=split,
+        dataset_uri=dataset_uri,
+        dataset_name=index.name,
+        dataset_fingerprint=index.fingerprint,
+        name=name,
+        uri=f"{site.runs_uri}/{name}",
+    )
+    return plan, index

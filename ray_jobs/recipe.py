@@ -1,0 +1,135 @@
+"""A recipe: one TOML file that says what to train on which set, and the changes made to it on the command line."""
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tavlad.config import STAGE1, STAGE2, CodebookConfig, ModelConfig, StageConfig, TrainingConfig, parse
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourceConfig:
+    """What a training asks of the cluster. Does not change what it computes, up to the order of float32 sums."""
+
+    workers: int = 1
+    """Ranks that share each batch."""
+    gpus_per_worker: float = 0.0
+    """GPUs of one worker; 0 trains on the CPU."""
+    cpus_per_worker: float = 1.0
+    """CPUs of one worker."""
+    loader_threads: int = 2
+    """Threads of one worker that fetch, decode and crop clips."""
+    prefetch_batches: int = 4
+    """Batches read ahead of the training step."""
+    cache_megabytes: int = 512
+    """Packed clips a worker keeps in memory, so that small sets are fetched once."""
+    max_restarts: int = 3
+    """Times a training whose worker or node died is started again from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "loader_threads", "prefetch_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("gpus_per_worker", "cpus_per_worker", "cache_megabytes", "max_restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All that decides a training, except the split."""
+
+    dataset: str
+    """A packed set: its name on the site, an s3:// URI or a folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    stage1: StageConfig = STAGE1
+    stage2: StageConfig = STAGE2
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name, such as "stage1.lr"."""
+        return _flatten(dataclasses.asdict(self), "")
+
+    def fingerprint(self, **facts: str | int) -> str:
+        """Names what will be computed: the same recipe and facts (set, split) give the same 64 hex digits."""
+        decisive = {name: value for name, value in self.flat().items() if not name.startswith("resources.")}
+        del decisive["dataset"]  # the set's own fingerprint, among the facts, says which
+        text = json.dumps(decisive | facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None = None) -> Recipe:
+    """The recipe of a TOML file, or of ours by name, with changes like "stage1.lr=0.005" made to it.
+
+    Raises ValueError naming the file and the key for whatever is wrong in it.
+    """
+    path = _find(name)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    for change in changes or []:
+        _apply(values, change)
+    if dataset is not None:
+        values["dataset"] = dataset
+    if "dataset" not in values:
+        raise ValueError(f"{path.name} names no dataset: add dataset = \"NAME\" to it, or give --dataset NAME")
+    try:
+        return parse(Recipe, values)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def change_recipe(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe with some fields of its tables changed."""
+    return parse(Recipe, dict(changes), base=recipe)
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ValueError(f"recipe {path} does not exist: give a TOML file or one of {', '.join(known_recipes())}")
+        return path
+    if name not in known_recipes():
+        raise ValueError(f"no recipe is named {name}: give a TOML file or one of {', '.join(known_recipes())}")
+    return RECIPES / f"{name}.toml"
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {change}: write it as table.key=value, such as stage1.lr=0.005")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # an unquoted string
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {change}: {table} is a value, not a table of keys")
+    values[last] = value
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

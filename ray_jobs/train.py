@@ -1,0 +1,159 @@
+"""tavlad train: both stages under Ray Train, resumed from the newest checkpoint, then evaluated and registered.
+
+`ray job submit --working-dir . -- python -m ray_jobs.train RECIPE --split K` does the same on any cluster.
+"""
+
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import ray.train
+import ray.train.torch
+
+from infra.site import Site
+from ray_jobs.cluster import connect
+from ray_jobs.codebook import make_codebook
+from ray_jobs.console import Advance, Console
+from ray_jobs.monitor import EpochDone, Monitor, News, Started, Stepped, UserError
+from ray_jobs.plan import TrainingPlan, plan_training
+from ray_jobs.recipe import Recipe
+from ray_jobs.register import RegisteredRun, RunRecords, register_training
+from ray_jobs.worker import WorkerConfig, train_worker
+from shards.index import Index
+from shards.store import arrow_filesystem
+from tavlad.checkpoint import ModelCard
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def train(site: Site, recipe: Recipe, split: int, console: Console, *, register: bool = True) -> RegisteredRun | None:
+    """Train the recipe on one split, to a registered model unless `register` is off.
+
+    Started again it goes on from the newest checkpoint; when all is done already it only says so.
+    """
+    plan, index = plan_training(site, recipe, split)
+    connect(site)
+    console.heading(f"Training {plan.name}")
+    with RunRecords(site, plan, index) as records:
+        if plan.last_checkpoint in plan.checkpoints(site).names():
+            console.say("  trained already: its last checkpoint is whole")
+        else:
+            _train(site, plan, index, records, console)
+        return register_training(site, plan, index, records, console) if register else None
+
+
+def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console) -> None:
+    codebook = make_codebook(site, plan.recipe, plan.split, console)
+    card = ModelCard(
+        model=plan.recipe.model,
+        actions=index.actions,
+        num_frames=index.num_frames,
+        short_side=int(cast(int, index.packing["short_side"])),
+        crop=plan.recipe.training.crop,
+        precision=plan.recipe.training.precision,
+        provenance={
+            "run": plan.name,
+            "dataset": plan.dataset_name,
+            "dataset_fingerprint": plan.dataset_fingerprint,
+            "split": plan.split,
+            "trunk_weights": codebook.trunk_weights,
+            "codebook": codebook.uri.rpartition("/")[2],
+        },
+    )
+    monitor = Monitor.start()
+    config = WorkerConfig(plan=plan, codebook_uri=codebook.uri, card=card, monitor=monitor)
+    trainer = _trainer(site, plan, config)
+    follower = _Follower(plan, records, console)
+    # Ray Train's fit blocks: it runs in a thread while this one shows what happens.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as executor:
+        training = executor.submit(trainer.fit)
+        follower.follow(monitor, training)
+    error = monitor.error()
+    monitor.stop()
+    if error is not None:
+        raise ValueError(error)
+    training.result()
+
+
+def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.torch.TorchTrainer:
+    resources = plan.recipe.resources
+    per_worker = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    filesystem, path = arrow_filesystem(f"{plan.uri}/ray", site.s3)
+    return ray.train.torch.TorchTrainer(
+        lambda: train_worker(config),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name=plan.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_restarts),
+        ),
+    )
+
+
+class _Follower:
+    """Shows and records what the workers tell."""
+
+    def __init__(self, plan: TrainingPlan, records: RunRecords, console: Console) -> None:
+        self._plan = plan
+        self._records = records
+        self._console = console
+        self._starts = 0
+        self._note = ""
+
+    def follow(self, monitor: Monitor, training: "Future[Any]") -> None:
+        """Until the training ends and all its news is read."""
+        done = threading.Event()
+        training.add_done_callback(lambda _: done.set())
+        bars: dict[int, tuple[Any, Advance]] = {}
+        try:
+            while True:
+                is_last_look = done.wait(_SECONDS_BETWEEN_LOOKS)
+                for news in monitor.read():
+                    self._take(news, bars)
+                if is_last_look:
+                    return
+        finally:
+            for bar, _ in bars.values():
+                bar.__exit__(None, None, None)
+
+    def _take(self, news: News, bars: dict[int, tuple[Any, Advance]]) -> None:
+        match news:
+            case Started(resumed_from=resumed_from, history=history):
+                self._starts += 1
+                if self._starts > 1:
+                    self._console.say("  a worker was lost; the training was started again")
+                if resumed_from is not None:
+                    self._console.say(f"  going on from checkpoint {resumed_from}")
+                for row in history:
+                    self._records.log_epoch(row)
+            case Stepped(stage=stage, done=done, total=total):
+                self._advance(bars, stage, done, total)
+            case EpochDone(row=row):
+                self._records.log_epoch(row)
+                shown = [f"loss {row['train/loss']:.3f}", f"train {row['train/top1']:.1%}"]
+                if "test/top1" in row:
+                    shown.append(f"test {row['test/top1']:.1%}")
+                self._note = ", ".join(shown)
+            case UserError(text=text):
+                self._console.say(f"  stopped: {text}")
+
+    def _advance(self, bars: dict[int, tuple[Any, Advance]], stage: int, done: int, total: int) -> None:
+        if stage not in bars:
+            for bar, _ in bars.values():
+                bar.__exit__(None, None, None)
+            bars.clear()
+            bar = self._console.progress(f"stage {stage} steps", total)
+            bars[stage] = (bar, bar.__enter__())
+        bars[stage][1](done, self._note)
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import main
+
+    main(["train", *sys.argv[1:]])
