@@ -169,8 +169,7 @@ def load_weights(trunk: TrunkNetwork, name: str, source: str, read_bytes: Callab
         label, is_safetensors = f"{source} {name}", source.endswith(".safetensors")
     tensors = _decode(data, source, is_safetensors)
     _check_tensors(trunk.state_dict(), tensors, name, source)
-    # BN's batch counters, which old files lack, play no part in inference: they alone may be missing.
-    trunk.load_state_dict(dict(tensors), strict=False)
+    trunk.load_state_dict(dict(tensors))  # a plain dict: torch then adds the batch counters that old files lack
     return f"{label} sha256:{hashlib.sha256(data).hexdigest()}"
 
 

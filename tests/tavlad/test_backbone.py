@@ -30,7 +30,7 @@ needs_lite0_weights = pytest.mark.skipif(not has_lite0_weights, reason='needs th
 def _build(name: str) -> TrunkNetwork:
     """A random trunk whose batch norms are not the identity, as after training."""
     torch.manual_seed(0)
-    trunk = build_trunk(name).eval()
+    trunk = build_trunk(name)
     for module in trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -79,10 +79,13 @@ def test_lite0_has_the_names_and_shapes_of_the_published_file() -> None:
 @pytest.mark.parametrize("name", [*RESNETS, "efficientnet_lite0"])
 def test_post_relu_map_is_the_clipped_pre_relu_map(name: str) -> None:
     trunk = _build(name)
+    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
+        norms[-1].weight.fill_(50)
         pre_relu, post_relu = trunk.maps(torch.randn(2, 3, 64, 64))
     ceiling = 6.0 if name == "efficientnet_lite0" else float("inf")
     assert pre_relu.min() < 0  # not clipped already, nor in place by the second map
+    assert pre_relu.max() > 6
     torch.testing.assert_close(post_relu, pre_relu.clamp(0.0, ceiling), rtol=0, atol=0)
 
 
@@ -157,8 +160,9 @@ def test_channels_last_changes_nothing_and_stays(name: str) -> None:
 
 
 def test_evaluation_mode_leaves_the_running_statistics_alone() -> None:
+    """And it is the mode a new trunk is in."""
     for name in ("resnet18", "efficientnet_lite0"):
-        trunk = _build(name)
+        trunk = build_trunk(name)
         before = {key: tensor.clone() for key, tensor in trunk.state_dict().items()}
         trunk(torch.randn(2, 3, 64, 64)).sum().backward()
         assert all(torch.equal(tensor, before[key]) for key, tensor in trunk.state_dict().items())
@@ -184,7 +188,7 @@ def test_unknown_trunk_is_refused_with_the_known_names() -> None:
     ("picture", "action", "at_least"), [("dog1.jpg", "Pembroke", 0.85), ("dog2.jpg", "German_shepherd", 0.7)]
 )
 def test_lite0_recognises_the_check_images(shared_data: Path, picture: str, action: str, at_least: float) -> None:
-    trunk = build_trunk("efficientnet_lite0").eval()
+    trunk = build_trunk("efficientnet_lite0")
     load_weights(trunk, "efficientnet_lite0", "imagenet")
     with Image.open(shared_data / "check_images" / picture) as opened:
         image = transforms.pil_to_tensor(opened.convert("RGB"))
@@ -225,7 +229,9 @@ def test_weights_of_a_file_or_an_object_are_the_weights_saved(tmp_path: Path, su
 
 def test_old_files_without_batch_counters_load(tmp_path: Path) -> None:
     saved, trunk = _build("resnet18"), build_trunk("resnet18")
-    tensors = {key: t for key, t in saved.state_dict().items() if not key.endswith("num_batches_tracked")}
+    tensors = saved.state_dict()
+    for key in [key for key in tensors if key.endswith("num_batches_tracked")]:
+        del tensors[key]
     _save(tensors, tmp_path / "old.pth")
     load_weights(trunk, "resnet18", str(tmp_path / "old.pth"))
     _assert_same_tensors(trunk, saved)
