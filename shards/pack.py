@@ -150,7 +150,13 @@ def finished_set(plan: PackPlan, store: Store) -> Index | None:
 
 
 def pack_shard(plan: PackPlan, number: int, store: Store) -> ShardResult:
-    """Decodes and writes shard `number`, then the row file that says it is done; or finds it done and reads that."""
+    """Decodes and writes shard `number`, then the row file that says it is done; or finds it done and reads that.
+
+    Raises ValueError rather than touch the finished set of another plan.
+    """
+    index = finished_set(plan, store)
+    if index is not None:
+        return _finished_shard(plan, number, index, store)
     part_path = f"{_PARTS}{number:06d}.parquet"
     if store.exists(part_path):
         rows, described = read_table(store, part_path)
@@ -166,19 +172,30 @@ def pack_shard(plan: PackPlan, number: int, store: Store) -> ShardResult:
     return _result(number, rows, described, reused=False)
 
 
-def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> Index:
+def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rejected: int | None = None) -> Index:
     """Writes rejected.parquet, then index.parquet: from then on the set exists.
 
-    Raises ValueError if no video could be packed, or if another job has finished another set here meanwhile.
+    Raises ValueError if no video could be packed, or more than `max_rejected` could not (rejected.parquet then says
+    which, and the packed shards are kept), or if another job has finished another set here meanwhile.
     """
+    index = finished_set(plan, store)
+    if index is not None:
+        return index
     results = sorted(results, key=lambda result: result.number)
     assert [result.number for result in results] == list(range(len(plan.shards))), "one result a shard"
     _check_shards(plan, results, store)
     rejected = sorted(row for result in results for row in result.rejected)
     rows = pa.concat_tables([result.rows for result in results])
-    if not rows.num_rows:
+    columns = [pa.array(column, pa.string()) for column in (zip(*rejected, strict=True) if rejected else ([], []))]
+    table = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
+    store.write(REJECTED_PATH, table_bytes(table, {"plan": plan.fingerprint}))
+    allowed = len(rejected) if max_rejected is None else max_rejected
+    if not rows.num_rows or len(rejected) > allowed:
         path, reason = rejected[0]
-        raise ValueError(f"none of the {len(rejected)} videos could be packed; the first, {path}: {reason}")
+        raise ValueError(
+            f"{len(rejected)} of {len(rejected) + rows.num_rows} videos cannot be packed, which is more than allowed; "
+            f"repair or remove them, all are in {store.uri}/{REJECTED_PATH}; the first, {path}: {reason}"
+        )
     index = make_index(
         name=plan.name,
         actions=plan.actions,
@@ -187,9 +204,6 @@ def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> Inde
         plan=plan.fingerprint,
         rows=rows,
     )
-    columns = [pa.array(column, pa.string()) for column in (zip(*rejected, strict=True) if rejected else ([], []))]
-    table = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
-    store.write(REJECTED_PATH, table_bytes(table, {"plan": plan.fingerprint}))
     if not store.write_if_absent(INDEX_PATH, index_bytes(index)):
         finished = finished_set(plan, store)
         assert finished is not None
@@ -202,6 +216,19 @@ def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> Inde
 def shard_path(number: int) -> str:
     """Where a shard lies below its set."""
     return f"{_SHARDS}{number:06d}.tar"
+
+
+def _finished_shard(plan: PackPlan, number: int, index: Index, store: Store) -> ShardResult:
+    """The result of a shard whose set is finished, so that packing again changes nothing."""
+    shards = index.clips_table.table["shard"].to_numpy()
+    rows = index.clips_table.table.filter(pa.array(shards == shard_path(number)))
+    names = {_printable(clip.video.name) for clip in plan.shards[number]}
+    rejected = [row for row in read_table(store, REJECTED_PATH)[0].to_pylist() if row["path"] in names]
+    described = {
+        "rejected": [(row["path"], row["reason"]) for row in rejected],
+        "num_bytes": store.size(shard_path(number)),
+    }
+    return _result(number, rows, described, reused=True)
 
 
 def _check_shards(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> None:

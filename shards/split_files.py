@@ -82,9 +82,7 @@ def read_ucf101(folder: Path) -> Listing:
                 name, label = _ucf101_line(line)
                 action = name.partition("/")[0]
                 if action not in labels or "/" not in name:
-                    raise ValueError(
-                        f"{where}: {action!r} is not an action of classInd.txt; add it, or correct the line"
-                    )
+                    raise ValueError(f"{where}: {action!r} is no action of classInd.txt; add it, or correct the line")
                 if (part == "train" or label) and label != labels[action]:
                     raise ValueError(
                         f"{where}: {action!r} has label {label or 'none'}, but {labels[action]} in classInd.txt; "
@@ -207,11 +205,8 @@ def _table_rows(path: Path) -> tuple[Sequence[str], Iterable[tuple[str, dict[str
         except pa.ArrowException as error:
             raise ValueError(f"{path} is not a Parquet file ({error}); write it again") from error
         rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in table.to_pylist()]
-        return table.column_names, ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
+        return table.column_names, [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, restval="")
-        numbered = [
-            (f"{path}:{reader.line_num}", {name: row[name].strip() for name in reader.fieldnames or ()})
-            for row in reader
-        ]
-    return list(reader.fieldnames or ()), numbered
+        columns = list(reader.fieldnames or ())
+        return columns, [(f"{path}:{reader.line_num}", {name: row[name].strip() for name in columns}) for row in reader]
