@@ -107,7 +107,8 @@ def _is_well(service: Service, state: State) -> bool:
     pid = state.started[service.name].pid
     deadline = time.monotonic() + _PATIENCE_S
     while pid is not None and is_running(pid, state.mark(service)):
-        if service.problem(state) is None:
+        # A child may answer a moment longer than its parent lives.
+        if service.problem(state) is None and is_running(pid, state.mark(service)):
             return True
         if time.monotonic() > deadline:
             return False

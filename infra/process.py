@@ -55,7 +55,7 @@ def is_running(pid: int, mark: str) -> bool:
     """Whether the process lives and is marked `mark`."""
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark
+        return not _has_ended(process) and process.environ().get(_MARK) == mark
     except (*_GONE, psutil.AccessDenied):
         return False
 
@@ -70,7 +70,7 @@ def members(mark: str) -> list[psutil.Process]:
     marked: set[psutil.Process] = set()
     for process in psutil.process_iter():
         try:
-            if process.status() == psutil.STATUS_ZOMBIE:
+            if _has_ended(process):
                 continue
             session_of[process] = os.getsid(process.pid)
             if process.environ().get(_MARK) == mark:
@@ -109,10 +109,17 @@ def _wait(processes: Iterable[psutil.Process], patience_s: float) -> None:
 
 
 def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run. One that ended but is not yet reaped by its parent counts as gone."""
     alive: list[psutil.Process] = []
     for process in processes:
         with contextlib.suppress(*_GONE):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if process.is_running() and not _has_ended(process):
                 alive.append(process)
     return alive
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether nothing is left of it but an entry which its parent, or a container without an init, does not remove.
+
+    While other threads of a killed process still end, it looks the same, and has its ports and locks still.
+    """
+    return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
