@@ -55,7 +55,9 @@ SplitOption = Annotated[int, typer.Option(min=1, max=3, help="Split 1, 2 or 3.")
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field, such as stage1.lr=0.005.")
 ]
-DatasetOption = Annotated[str | None, typer.Option(help="A packed set: name, s3:// URI or folder (instead of the recipe's).")]
+DatasetOption = Annotated[
+    str | None, typer.Option(help="A packed set: name, s3:// URI or folder (instead of the recipe's).")
+]
 RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that comes with tavlad.")]
 
 
@@ -103,7 +105,10 @@ def status() -> None:
     from infra.local import status as look
 
     console, services = _console(), look()
-    rows = [[each.name, "running" if each.running else "stopped", each.address or "", each.detail or ""] for each in services]
+    rows = [
+        [each.name, "running" if each.running else "stopped", each.address or "", each.detail or ""]
+        for each in services
+    ]
     console.table(["service", "state", "address", "detail"], rows)
     console.result({each.name: {"running": each.running, "address": each.address} for each in services})
 
@@ -118,7 +123,9 @@ def pack(
     splits: Annotated[
         Path | None, typer.Option(help="hmdb51, ucf101: folder of the split files; table: the CSV or Parquet file.")
     ] = None,
-    to: Annotated[str | None, typer.Option(help="s3:// URI or folder to pack into (instead of the site's bucket).")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="s3:// URI or folder to pack into (instead of the site's bucket).")
+    ] = None,
     num_frames: Annotated[int, typer.Option(help="Frames of a clip, uniform over time.")] = 25,
     short_side: Annotated[int, typer.Option(help="Pixels of a frame's short side, at most.")] = 256,
     jpeg_quality: Annotated[int, typer.Option(help="Of the packed frames, 1 to 100.")] = 90,
@@ -167,7 +174,9 @@ def pack(
 
 
 @app.command()
-def codebook(recipe: RecipeArgument, split: SplitOption = 1, dataset: DatasetOption = None, change: SetOption = None) -> None:
+def codebook(
+    recipe: RecipeArgument, split: SplitOption = 1, dataset: DatasetOption = None, change: SetOption = None
+) -> None:
     """Find the K visual words of a set's training part by k-means. `train` does this itself where it is missing.
 
     Example: `tavlad codebook ta-vlad --dataset hmdb51 --split 1`
@@ -209,7 +218,9 @@ def train(
 
 
 @app.command()
-def register(recipe: RecipeArgument, split: SplitOption = 1, dataset: DatasetOption = None, change: SetOption = None) -> None:
+def register(
+    recipe: RecipeArgument, split: SplitOption = 1, dataset: DatasetOption = None, change: SetOption = None
+) -> None:
     """Register the model of a training that is done, as `train` does at its end. Twice is the same as once.
 
     Example: `tavlad register ta-vlad --dataset hmdb51 --split 1`
@@ -284,7 +295,9 @@ def predict(
 
 @app.command()
 def demo(
-    videos: Annotated[Path | None, typer.Option(help="A folder per action of videos (instead of rendered ones).")] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="A folder per action of videos (instead of rendered ones).")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Training workers (DDP ranks).")] = 1,
 ) -> None:
     """Everything once: videos, packing, training of two models, registration, prediction, a report.

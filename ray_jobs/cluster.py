@@ -14,7 +14,11 @@ def connect(site: Site) -> None:
     runtime_env: dict[str, Any] = {"env_vars": site.worker_environment()}
     try:
         ray.init(
-            address=site.ray_address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR", configure_logging=True
+            address=site.ray_address,
+            runtime_env=runtime_env,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=True,
         )
     except ConnectionError as error:
         raise ValueError(

@@ -51,7 +51,7 @@ def evaluate_model(
 def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal["train", "test"]) -> Evaluation:
     site = load_site(site_name)
     with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-        model, card = load_model(fetch_model(site.mlflow_uri, name, Path(folder)))
+        model, card = load_model(fetch_model(site.mlflow_uri, name, Path(folder) / "model"))
     store = open_store(locate_set(site, dataset), site.s3)
     index = load_index(store)
     if index.actions != card.actions or index.num_frames != card.num_frames:

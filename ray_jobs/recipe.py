@@ -81,7 +81,7 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
     if dataset is not None:
         values["dataset"] = dataset
     if "dataset" not in values:
-        raise ValueError(f"{path.name} names no dataset: add dataset = \"NAME\" to it, or give --dataset NAME")
+        raise ValueError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
     try:
         return parse(Recipe, values)
     except ValueError as error:

@@ -16,7 +16,6 @@ from ray_jobs.served_model import stage_code
 from ray_jobs.worker import HISTORY, SCORES, load_scores
 from shards.index import Index
 from shards.table import write_table
-from tavlad import figures
 from tavlad.checkpoint import STATE
 from tavlad.metrics import Scores
 from tavlad.registry import Registered, ServedCode, register
@@ -122,7 +121,9 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
     """Register a training that is done. Raises ValueError when its last checkpoint is not there yet."""
     plan, index = plan_training(site, recipe, split)
     if plan.last_checkpoint not in plan.checkpoints(site).names():
-        raise ValueError(f"the training {plan.name} is not done: run `tavlad train` with the same recipe and split first")
+        raise ValueError(
+            f"the training {plan.name} is not done: run `tavlad train` with the same recipe and split first"
+        )
     with RunRecords(site, plan, index) as records:
         return register_training(site, plan, index, records, console)
 

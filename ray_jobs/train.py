@@ -57,6 +57,7 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
             "dataset": plan.dataset_name,
             "dataset_fingerprint": plan.dataset_fingerprint,
             "split": plan.split,
+            "jpeg_quality": int(cast(int, index.packing["jpeg_quality"])),
             "trunk_weights": codebook.trunk_weights,
             "codebook": codebook.uri.rpartition("/")[2],
         },

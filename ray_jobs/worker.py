@@ -68,8 +68,12 @@ class _Trainer:
         store = open_store(self._plan.dataset_uri, self._site.s3)
         index = load_index(store)
         model, resume = self._model(index)
-        train = ClipLoader(index, store, self._plan.split, "train", self._loader(training=True), self._world.rank, self._world.size)
-        test = ClipLoader(index, store, self._plan.split, "test", self._loader(training=False), self._world.rank, self._world.size)
+        train = ClipLoader(
+            index, store, self._plan.split, "train", self._loader(training=True), self._world.rank, self._world.size
+        )
+        test = ClipLoader(
+            index, store, self._plan.split, "test", self._loader(training=False), self._world.rank, self._world.size
+        )
         for number, stage in self._plan.stages:
             if resume is not None and number < resume.stage:
                 continue

@@ -193,6 +193,7 @@ def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
         return tuple(_parse_value(get_args(hint)[0], each, where, None) for each in cast(list[Any], value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ValueError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    kind = origin or hint
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{where} = {value!r}: must be of type {kind.__name__}")
     return value

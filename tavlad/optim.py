@@ -1,32 +1,23 @@
 """What a stage trains, and with which optimiser and schedule (METHOD, "Training")."""
 
 import torch
-from torch import nn
 
 from tavlad.config import StageConfig, TrainingConfig
 from tavlad.model import TaVlad
 
 
-def trained_modules(model: TaVlad, stage: StageConfig) -> list[nn.Module]:
-    """The modules whose parameters the stage trains; every other parameter of the model is frozen."""
-    modules: list[nn.Module] = [model.classifier]
-    if model.gru is not None:
-        modules.append(model.gru)
-    if stage.vlad:
-        modules.append(model.vlad)
-    if stage.fc and model.config.attention == "cam":  # without attention no gradient reaches it
-        modules.append(model.trunk.classifier)
-    if stage.trunk != "frozen":
-        modules.extend(model.trunk.last_block_convs(downsample=stage.trunk == "last-block"))
-    return modules
-
-
-def freeze_all_but(model: TaVlad, modules: list[nn.Module]) -> list[nn.Parameter]:
-    """Let gradients reach these modules only; returns their parameters in a fixed order."""
+def choose_trained(model: TaVlad, stage: StageConfig) -> None:
+    """Let gradients reach what the stage trains, and nothing else."""
     model.requires_grad_(False)
-    for module in modules:
-        module.requires_grad_(True)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in (model.classifier, model.gru, *([model.vlad] if stage.vlad else [])):
+        if module is not None:
+            module.requires_grad_(True)
+    if stage.fc and model.config.attention == "cam":
+        # Its bias only helps to choose the winning class: no gradient reaches it.
+        model.trunk.classifier.weight.requires_grad_(True)
+    if stage.trunk != "frozen":
+        for conv in model.trunk.last_block_convs(downsample=stage.trunk == "last-block"):
+            conv.requires_grad_(True)
 
 
 def build_optimizer(model: TaVlad, stage: StageConfig, training: TrainingConfig) -> torch.optim.Adam:

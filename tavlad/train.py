@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from tavlad.config import StageConfig, TrainingConfig
 from tavlad.evaluate import evaluate
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
-from tavlad.optim import build_optimizer, freeze_all_but, learning_rate, trained_modules
+from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import ALONE, World, autocast
 
 
+@runtime_checkable
 class Batches(Protocol):
     """This rank's share of the batches of any epoch, in an order that only the epoch decides."""
 
@@ -82,7 +83,7 @@ def fit(
     and however unevenly they share it. Raises ValueError when the loss is no longer a number.
     """
     stage, number = plan.stage, plan.number
-    freeze_all_but(model, trained_modules(model, stage))
+    choose_trained(model, stage)
     optimizer = build_optimizer(model, stage, plan.training)
     first_epoch = 0
     if resume is not None:
