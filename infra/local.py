@@ -18,7 +18,7 @@ from pathlib import Path
 from infra.local_mlflow import MLFLOW
 from infra.local_ray import RAY, ray_address, ray_dashboard
 from infra.local_s3 import S3, s3_access
-from infra.process import end, is_running, start
+from infra.process import age_s, end, is_running, start
 from infra.service import BUCKET, Service, Started, State, choose_ports, write_private
 from infra.site import Site, SiteError, load_site, site_file, state_folder
 
@@ -54,7 +54,9 @@ def up(progress: Progress | None = None, services: Collection[str] = ("s3", "mlf
         for service in _SERVICES:
             if not state.started.setdefault(service.name, Started()).ports:
                 state.started[service.name].ports = choose_ports(service, state)
-        ill = [service for service in wanted if not _is_well(service, state)]
+        with ThreadPoolExecutor(len(_SERVICES)) as pool:
+            well = pool.map(lambda service: _is_well(service, state, report), wanted)
+        ill = [service for service, is_well in zip(wanted, well, strict=True) if not is_well]
         # Ended first and given their ports together: a service is told the addresses of those it needs.
         _together(lambda service, stop: _clear(service, state), ill)
         for service in ill:
@@ -62,6 +64,8 @@ def up(progress: Progress | None = None, services: Collection[str] = ("s3", "mlf
         ill += [service for service in wanted if service not in ill and _has_moved(service, state)]
         state.save()
         _together(lambda service, stop: _bring_up(service, state, report, stop), ill)
+        for service in wanted:
+            _finish(service, state)
         state.save()
         _write_site(state)
     return load_site("local")
@@ -102,16 +106,24 @@ def _status(service: Service, state: State) -> ServiceStatus:
     )
 
 
-def _is_well(service: Service, state: State) -> bool:
+def _is_well(service: Service, state: State, report: Progress) -> bool:
     """Whether it runs and answers. One that runs is given time, unless its first process ends meanwhile."""
     pid = state.started[service.name].pid
-    deadline = time.monotonic() + _PATIENCE_S
-    while pid is not None and is_running(pid, state.mark(service)):
-        # A child may answer a moment longer than its parent lives.
-        if service.problem(state) is None and is_running(pid, state.mark(service)):
+    if pid is None:
+        return False
+    # It may still be starting, if the process that started it was interrupted.
+    patience_s = max(_PATIENCE_S, service.start_s - age_s(pid))
+    began, is_patient = time.monotonic(), False
+    while is_running(pid, state.mark(service)):
+        problem = service.problem(state)
+        # Asked again: a child may answer a moment longer than its parent lives.
+        if problem is None and is_running(pid, state.mark(service)):
             return True
-        if time.monotonic() > deadline:
+        if time.monotonic() - began > patience_s:
             return False
+        if not is_patient:
+            report(f"{service.name}: waiting for process {pid} to answer")
+        is_patient = True
         time.sleep(0.25)
     return False
 
@@ -132,7 +144,7 @@ def _bring_up(service: Service, state: State, report: Progress, stop: threading.
     report(f"{service.name}: starting")
     _clear(service, state)
     started = state.started[service.name]
-    started.needs = service.needs(state)
+    started.needs, started.is_finished = service.needs(state), False
     started.pid = start(service.program(state), state.mark(service), state.log(service))
     state.save()
     while (problem := service.problem(state)) is not None:
@@ -142,8 +154,15 @@ def _bring_up(service: Service, state: State, report: Progress, stop: threading.
             raise _failure(service, state, f"does not answer after {service.start_s:.0f} s: {problem}")
         if stop.wait(0.05):
             return
-    service.finish(state)
+    _finish(service, state)
     report(f"{service.name}: ready after {time.monotonic() - began:.1f} s at {service.address(state)}")
+
+
+def _finish(service: Service, state: State) -> None:
+    started = state.started[service.name]
+    if not started.is_finished:
+        service.finish(state)
+        started.is_finished = True
 
 
 def _failure(service: Service, state: State, what: str) -> SiteError:
@@ -169,10 +188,15 @@ def _write_site(state: State) -> None:
 @contextlib.contextmanager
 def _locked(folder: Path, report: Progress) -> Generator[State]:
     """The state folder's content, while no other process may change it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    (folder / "logs").mkdir(exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        (folder / "logs").mkdir(exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise SiteError(
+            f"{folder} cannot hold the local services ({error}): set TAVLAD_HOME to another folder"
+        ) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

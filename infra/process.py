@@ -60,6 +60,14 @@ def is_running(pid: int, mark: str) -> bool:
         return False
 
 
+def age_s(pid: int) -> float:
+    """Seconds since the process was started; 0 if it is gone."""
+    try:
+        return max(0.0, time.time() - psutil.Process(pid).create_time())
+    except _GONE:
+        return 0.0
+
+
 def members(mark: str) -> list[psutil.Process]:
     """All living processes of the service.
 

@@ -49,6 +49,8 @@ class Started:
     pid: int | None = None
     ports: dict[str, int] = field(default_factory=dict[str, int])
     needs: str = ""
+    is_finished: bool = False
+    """Whether what is to be done once after the start was done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

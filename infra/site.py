@@ -146,6 +146,18 @@ def _load_local() -> Site:
     state = state_folder()
     try:
         values = json.loads(site_file(state).read_text())
+        s3 = S3Access(
+            endpoint_url=values["s3_endpoint"], access_key=values["access_key"], secret_key=values["secret_key"]
+        )
+        return Site(
+            name="local",
+            ray_address=values["ray_address"],
+            ray_dashboard=values["ray_dashboard"],
+            s3=s3,
+            bucket=values["bucket"],
+            mlflow_uri=values["mlflow"],
+            state=state,
+        )
     except FileNotFoundError as error:
         message = f"no local services were started in {state}: run `tavlad up`, or set TAVLAD_HOME to their folder"
         raise SiteError(message) from error
@@ -153,17 +165,8 @@ def _load_local() -> Site:
         raise SiteError(
             f"{site_file(state)} belongs to another user: set TAVLAD_HOME to a folder of your own"
         ) from error
-    return Site(
-        name="local",
-        ray_address=values["ray_address"],
-        ray_dashboard=values["ray_dashboard"],
-        s3=S3Access(
-            endpoint_url=values["s3_endpoint"], access_key=values["access_key"], secret_key=values["secret_key"]
-        ),
-        bucket=values["bucket"],
-        mlflow_uri=values["mlflow"],
-        state=state,
-    )
+    except (KeyError, json.JSONDecodeError) as error:
+        raise SiteError(f"{site_file(state)} was written by another version: run `tavlad up` again") from error
 
 
 def _load_toml(name: str) -> Site:

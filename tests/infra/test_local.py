@@ -270,6 +270,22 @@ def test_an_up_that_was_killed_is_no_obstacle(home: Path) -> None:
     assert members("s3") != before
 
 
+def test_a_state_folder_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TAVLAD_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(SiteError, match="set TAVLAD_HOME to another folder"):
+        local.up(services=["s3"])
+
+
+def test_what_an_interrupted_up_left_undone_is_done_by_the_next(home: Path) -> None:
+    program = "import os; from infra import local; local._finish = lambda *_: os._exit(9); local.up(services=['s3'])"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False).returncode == 9
+    before = members("s3")
+    site = local.up(services=["s3"])
+    open_store("s3://tavlad/x", site.s3).write("a", b"the bucket exists")
+    assert members("s3") == before
+
+
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(home: Path) -> None:
     (home / "s3").mkdir()
     (home / "s3" / "filerldb2").write_text("in the way")
@@ -289,6 +305,7 @@ def test_a_server_that_hangs_is_given_time_before_it_is_replaced(home: Path, mon
     assert members("s3") == [server]  # busy, not dead
     server.suspend()
     monkeypatch.setattr(local, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(local, "age_s", lambda _: 3600.0)
     local.up(services=["s3"])
     assert server not in members("s3")
     assert named("s3").running

@@ -112,6 +112,14 @@ def test_local_without_services_says_how_to_start_them(tmp_path: Path, monkeypat
     assert not (tmp_path / "none").exists()
 
 
+def test_a_site_written_by_another_version_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAVLAD_HOME", str(tmp_path))
+    for text in ("{}", "not json"):
+        site.site_file(tmp_path).write_text(text)
+        with pytest.raises(SiteError, match="another version: run `tavlad up` again"):
+            load_site()
+
+
 def write_local_site(state: Path) -> None:
     values = {"ray_address": "127.0.0.1:1", "ray_dashboard": "http://127.0.0.1:2", "s3_endpoint": "http://127.0.0.1:3"}
     values |= {"bucket": "tavlad", "mlflow": "http://127.0.0.1:4", "access_key": "a", "secret_key": "the-secret-key"}
