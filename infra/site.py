@@ -105,6 +105,8 @@ def activate(site: Site) -> None:
     os.environ.update(site.ray_environment())
     os.environ["MLFLOW_TRACKING_URI"] = site.mlflow_uri
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the verb's
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.update(_without_proxy(os.environ))
 
 

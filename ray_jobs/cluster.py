@@ -1,8 +1,10 @@
 """The one way a verb reaches Ray."""
 
+import logging
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from infra.site import Site
 
@@ -17,7 +19,7 @@ def connect(site: Site) -> None:
             address=site.ray_address,
             runtime_env=runtime_env,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             configure_logging=True,
         )
     except ConnectionError as error:
@@ -29,3 +31,13 @@ def connect(site: Site) -> None:
 def num_cpus() -> int:
     """CPUs of the whole cluster."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def result_of(reference: Any) -> Any:
+    """What a task returns; a mistake of the user is raised as the task raised it, without the task's traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise

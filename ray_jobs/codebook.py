@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
 from ray_jobs.plan import locate_set
 from ray_jobs.recipe import Recipe
@@ -39,12 +39,7 @@ def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> C
     connect(site)
     console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
     task = _make_codebook.options(num_cpus=1, num_gpus=min(1.0, recipe.resources.gpus_per_worker))
-    try:
-        codebook: Codebook = ray.get(task.remote(site.name, recipe, split))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise
+    codebook: Codebook = result_of(task.remote(site.name, recipe, split))
     console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")
     return codebook
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,7 +48,7 @@ class Console:
             print(json.dumps(document, ensure_ascii=False), flush=True)  # noqa: T201
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Advance]:
+    def progress(self, label: str, total: int) -> Generator[Advance]:
         """A bar with the time left on a terminal, a line now and then elsewhere."""
         if self._console.is_terminal:
             with self._bar() as bar:

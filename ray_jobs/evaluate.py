@@ -9,7 +9,7 @@ import ray
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
 from ray_jobs.models import fetch_model
 from ray_jobs.plan import locate_set
@@ -39,12 +39,7 @@ def evaluate_model(
     console.heading(f"Evaluating {model} on the {part} part of {dataset}, split {split}")
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = _evaluate.options(num_gpus=num_gpus)
-    try:
-        return ray.get(task.remote(site.name, model, dataset, split, part))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise
+    return result_of(task.remote(site.name, model, dataset, split, part))
 
 
 @ray.remote(num_cpus=1)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +65,7 @@ class _Monitor:
 class Monitor:
     """The actor's door; it can be handed to workers."""
 
-    def __init__(self, handle: "ActorHandle[_Monitor]") -> None:
+    def __init__(self, handle: Any) -> None:  # Ray's actor types do not describe remote calls
         self._handle = handle
 
     @staticmethod

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, num_cpus
+from ray_jobs.cluster import connect, num_cpus, result_of
 from ray_jobs.console import Console
 from shards.datasets import VideoSet
 from shards.index import REJECTED_PATH, Index, read_table
@@ -60,7 +60,7 @@ def _pack_shards(site: Site, plan: PackPlan, uri: str, console: Console) -> list
                 running.append(_pack_shard.remote(plan_reference, waiting.pop(0), uri, site.name))
             finished, running = ray.wait(running)
             for reference in finished:
-                result: ShardResult = ray.get(reference)
+                result: ShardResult = result_of(reference)
                 results.append(result)
                 num_done += len(plan.shards[result.number])
                 advance(num_done, "")

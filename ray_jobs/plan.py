@@ -1,6 +1,7 @@
 """What a training is, before any of it runs: its recipe, its set, its split, and the name that follows from them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from infra.site import Site
 from ray_jobs.checkpoints import Checkpoints
@@ -28,9 +29,9 @@ class TrainingPlan:
     """Where its checkpoints are."""
 
     @property
-    def stages(self) -> list[tuple[int, StageConfig]]:
+    def stages(self) -> list[tuple[Literal[1, 2], StageConfig]]:
         """The stages that have epochs, by number."""
-        stages = [(1, self.recipe.stage1), (2, self.recipe.stage2)]
+        stages: list[tuple[Literal[1, 2], StageConfig]] = [(1, self.recipe.stage1), (2, self.recipe.stage2)]
         return [(number, stage) for number, stage in stages if stage.epochs > 0]
 
     @property

@@ -119,9 +119,9 @@ def _apply(values: dict[str, Any], change: str) -> None:
         value = text.strip()  # an unquoted string
     *tables, last = key.strip().split(".")
     for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
+        if not isinstance(values.setdefault(table, {}), dict):
             raise ValueError(f"--set {change}: {table} is a value, not a table of keys")
+        values = values[table]
     values[last] = value
 
 

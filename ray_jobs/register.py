@@ -16,9 +16,10 @@ from ray_jobs.served_model import stage_code
 from ray_jobs.worker import HISTORY, SCORES, load_scores
 from shards.index import Index
 from shards.table import write_table
+from tavlad import figures
 from tavlad.checkpoint import STATE
 from tavlad.metrics import Scores
-from tavlad.registry import Registered, ServedCode, register
+from tavlad.registry import Registered, register
 from tavlad.runlog import RUN_TAG, RunSpec
 from tavlad.tracking import Tracker
 
@@ -131,7 +132,10 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
 def register_training(
     site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console
 ) -> RegisteredRun:
-    """Register the model of a finished training and leave its pictures and tables in its run. Doing it twice is safe."""
+    """Register the model of a finished training and leave its pictures and tables in its run.
+
+    Doing it twice is the same as once.
+    """
     with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
         directory = Path(folder) / "model"
         plan.checkpoints(site).fetch(plan.last_checkpoint, directory)
