@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.contact_sheet import contact_sheet
+from shards.index import NUM_SPLITS
 from shards.scenes import MOTION_PAIR, PAIRS, render_clip
 
 FRAME_RATES = (15, 20, 25)
 """Frames a second; each video has one of these."""
-NUM_SPLITS = 3
 _FORMAT = 1
 # One quantiser for all frames: a better first frame would betray where a video starts, and x264's rate control (crf)
 # was seen to give other bytes in other runs.
@@ -54,13 +54,15 @@ def render_videos(
     render that was stopped goes on. `size` is width and height in pixels; the models that will see the videos sample
     `num_samples` frames (shards/scenes.py says why that matters). `progress(done, total)` counts videos. A split tests
     every third number of each action; videos of one number are a group, so a group is never split.
-    ValueError: too few clips, an odd or tiny size, or a directory that holds anything else.
+    ValueError: too few clips, a negative seed, an odd or tiny size, or a directory that holds anything else.
     """
     if clips_per_action < NUM_SPLITS:
         raise ValueError(
             f"Cannot render {clips_per_action} videos an action: {NUM_SPLITS} or more are needed, "
             f"so that each of the {NUM_SPLITS} splits has one to test."
         )
+    if seed < 0:
+        raise ValueError(f"Cannot render with the seed {seed}: it must be 0 or more.")
     if any(side < 32 or side % 2 for side in size):
         raise ValueError(
             f"Cannot render videos of {size[0]}x{size[1]} pixels: both sides must be even and at least 32."

@@ -35,14 +35,18 @@ NUM_FRAMES = (30, 70)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Event:
-    """When the change happens, in frames of the forward video; frame times may be fractions and lie outside 0..n."""
+class Event:
+    """When the change happens, in frames of the forward video; times may be fractions and lie outside 0..n."""
 
     num_frames: int
     middle: float
     duration: float
     turning_point: float
     """The time about which a backward video is reflected."""
+
+    def time(self, frame: int, backwards: bool) -> float:
+        """What time of the forward video a frame shows."""
+        return self.turning_point - frame if backwards else float(frame)
 
     def progress(self, time: float) -> float:
         """0 before the change, 1 after it, smooth and symmetric in between."""
@@ -106,7 +110,7 @@ def _draw_appearing(picture: Picture, actor: _Actor, time: float, progress: floa
 def _draw_opening(picture: Picture, actor: _Actor, time: float, progress: float) -> None:
     """A round head whose mouth opens, dark inside, with an eye."""
     pose = actor.pose(time, actor.large)
-    half_angle = 0.04 + 0.86 * progress
+    half_angle = 0.04 + 1.06 * progress
     _paint_outlined(picture, drawing.disc, pose, _INK)
     drawing.paint(picture, drawing.disc_without_wedge(half_angle), pose, actor.colour)
     cos, sin = np.cos(pose.angle - 1.75), np.sin(pose.angle - 1.75)
@@ -159,14 +163,14 @@ def render_clip(
     story, backwards = _STORIES[pair[0]], action == pair[1]
     rng = np.random.default_rng([*seed])
     width, height = size
-    event, actor = _draw_event(rng, story, num_samples), _draw_actor(rng, width, height)
+    event, actor = draw_event(rng, story.durations, num_samples), _draw_actor(rng, width, height)
     background_HWC = _draw_background(rng, height, width)
     movers = [_draw_distractor(rng, height, width) for _ in range(3)]
     brightness, period, phase = rng.uniform(0.02, 0.08), rng.uniform(20, 60), rng.uniform(0, 2 * np.pi)
     grain_HW = rng.standard_normal((height + 32, width + 32), np.float32) * np.float32(rng.uniform(2, 5))
     frames_THWC = np.empty((event.num_frames, height, width, 3), np.uint8)
     for number in range(event.num_frames):
-        time = event.turning_point - number if backwards else float(number)
+        time = event.time(number, backwards)
         moment = time - event.turning_point / 2
         picture_HWC = background_HWC.copy()
         for shape, pose, colour, (speed_x, speed_y) in movers:
@@ -181,14 +185,15 @@ def render_clip(
     return frames_THWC
 
 
-def _draw_event(rng: np.random.Generator, story: _Story, num_samples: int) -> _Event:
+def draw_event(rng: np.random.Generator, durations: tuple[float, float], num_samples: int) -> Event:
+    """A change of a length between `durations` (parts of the video), somewhere around the middle of what is sampled."""
     num_frames = int(rng.integers(NUM_FRAMES[0], NUM_FRAMES[1] + 1))
     mean_sample = float(np.mean(uniform_frame_indices(num_frames, num_samples)))
-    return _Event(
+    return Event(
         num_frames=num_frames,
-        # Symmetric about the turning point's half, so both directions wait equally long before and after the change.
+        # Symmetric about the middle of what is sampled: no state is longer in view than the other, in either direction.
         middle=mean_sample + rng.uniform(-0.18, 0.18) * num_frames,
-        duration=rng.uniform(*story.durations) * num_frames,
+        duration=rng.uniform(*durations) * num_frames,
         turning_point=2 * mean_sample,
     )
 
