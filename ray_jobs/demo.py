@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from infra.site import Site
+from ray_jobs.cluster import connect, num_cpus
 from ray_jobs.console import Console
 from ray_jobs.pack import Packed, pack
 from ray_jobs.plan import locate_set
@@ -72,14 +73,12 @@ def run_demo(site: Site, folder: Path | None, workers: int, console: Console) ->
     with clock.step("packing"):
         options = PackOptions(num_frames=NUM_FRAMES, short_side=SHORT_SIDE)
         packed = pack(site, data.videos, locate_set(site, data.name), options, console)
+    connect(site)
+    resources = [f"resources.workers={workers}", f"resources.cpus_per_worker={num_cpus() / workers}"]
     runs: list[RegisteredRun] = []
     for variant, changes in VARIANTS.items():
         with clock.step(f"training, temporal = {variant}"):
-            recipe = load_recipe(
-                "demo",
-                [*changes, f"resources.workers={workers}", f"resources.cpus_per_worker={2 / workers}"],
-                data.name,
-            )
+            recipe = load_recipe("demo", [*changes, *resources], data.name)
             run = train(site, recipe, _SPLIT, console)
             assert run is not None, "training registers"
             runs.append(run)

@@ -7,6 +7,8 @@ import pytest
 
 jaxtyping.install_import_hook(["tavlad", "shards"], "beartype.beartype")
 
+from tests.fixtures_services import local_s3, local_site  # noqa: E402, F401
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -1,0 +1,233 @@
+"""The main job on real clips and real servers, as a user runs it: every verb a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from infra.site import Site
+from shards.store import Store, open_store
+
+pytestmark = pytest.mark.slow
+
+_ACTIONS = ("bend", "jack", "wave2")
+_SHORT = [
+    *("--set", "stage1.epochs=3", "--set", "stage2.epochs=1", "--set", "training.batch_size=8"),
+    *("--set", "training.crop=64", "--set", "model.num_clusters=4", "--set", "model.gru_width=16"),
+]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        return json.loads(self.out.splitlines()[-1])
+
+
+def tavlad(*arguments: str, **environment: str) -> Said:
+    command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=os.environ | environment, check=False
+    )
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def real_videos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three actions of Weizmann with their split files in HMDB51's format: folders `videos` and `splits`."""
+    folder = tmp_path_factory.mktemp("weizmann")
+    (folder / "splits").mkdir()
+    for action in _ACTIONS:
+        shutil.copytree(shared_data / "weizmann" / "videos" / action, folder / "videos" / action)
+        for path in (shared_data / "weizmann" / "splits_hmdb_format").glob(f"{action}_test_split*.txt"):
+            shutil.copy(path, folder / "splits" / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(local_site: Site, real_videos: Path) -> dict[str, Any]:
+    """These clips as a set on the embedded S3 server."""
+    return tavlad(
+        *("--json", "pack", str(real_videos / "videos"), "--name", "real", "--layout", "hmdb51"),
+        *("--splits", str(real_videos / "splits"), "--num-frames", "8", "--short-side", "96"),
+    ).document
+
+
+def _runs(site: Site) -> Store:
+    return open_store(site.runs_uri, site.s3)
+
+
+def _final_weights(site: Site, run: str) -> dict[str, np.ndarray]:
+    checkpoint = max(path for path in _runs(site).list(f"{run}/checkpoints/") if path.endswith("weights.safetensors"))
+    return load(_runs(site).read(checkpoint))
+
+
+def _names_of_runs(site: Site) -> set[str]:
+    return {path.split("/")[0] for path in _runs(site).list()}
+
+
+def test_real_clips_end_as_a_registered_model_that_predicts_without_our_code_installed(
+    local_site: Site, packed: dict[str, Any], real_videos: Path, tmp_path: Path
+) -> None:
+    assert packed["clips"] == 27
+    assert packed["rejected"] == []
+    trained = tavlad("--json", "train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2").document
+    assert (trained["name"], trained["alias"], trained["split"]) == ("tavlad-real-split1", "best", 1)
+    again = tavlad("--json", "train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2").document
+    assert again == trained, "a training that is done is found, not repeated"
+
+    scored = tavlad("--json", "evaluate", "tavlad-real-split1@best", "--dataset", "real").document
+    assert scored["test/top1"] == pytest.approx(trained["test_top1"])
+
+    video = str(real_videos / "videos" / "bend" / "daria_bend.avi")
+    program = f"""
+import json, sys
+import mlflow, numpy as np
+assert not {{"tavlad", "shards", "ray_jobs"}} & set(sys.modules)
+model = mlflow.pyfunc.load_model("models:/tavlad-real-split1@best")
+by_path = model.predict([{video!r}], params={{"top": 3}})
+by_frames = model.predict(np.zeros((2, 8, 3, 64, 64), dtype=np.uint8), params={{"top": 1}})
+print(json.dumps([by_path.to_dict("records"), by_frames.to_dict("records")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MLFLOW_TRACKING_URI": local_site.mlflow_uri},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    by_path, by_frames = json.loads(done.stdout.splitlines()[-1])
+    assert {row["action"] for row in by_path} == set(_ACTIONS)
+    assert [row["video"] for row in by_frames] == ["0", "1"]
+    said = tavlad("--json", "predict", "tavlad-real-split1@best", video, "--top", "3").document["predictions"]
+    assert [(row["action"], pytest.approx(row["probability"], abs=1e-6)) for row in said] == [
+        (row["action"], row["probability"]) for row in by_path
+    ]
+
+
+def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(
+    local_site: Site, packed: dict[str, Any]
+) -> None:
+    command = ["train", "demo", "--dataset", "real", *_SHORT, "--set", "training.seed=1", "--no-register"]
+    before = _names_of_runs(local_site)
+    assert tavlad(*command).code == 0
+    (run,) = _names_of_runs(local_site) - before
+    undisturbed = _final_weights(local_site, run)
+    for path in _runs(local_site).list(f"{run}/"):
+        _runs(local_site).delete(f"{path}")
+
+    driver = subprocess.Popen([sys.executable, "-m", "ray_jobs.cli", *command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while f"{run}/checkpoints/stage1-epoch00001/complete.json" not in _runs(local_site).list(f"{run}/"):
+        assert time.monotonic() < deadline, "no checkpoint came"
+        assert driver.poll() is None, "the training ended before it could be killed"
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    final = f"{run}/checkpoints/stage2-epoch00001/complete.json"
+    assert final not in _runs(local_site).list(f"{run}/"), "killed too late to prove anything"
+
+    resumed = tavlad(*command)
+    assert resumed.code == 0, resumed.err
+    assert "going on from checkpoint stage" in resumed.out
+    weights = _final_weights(local_site, run)
+    assert weights.keys() == undisturbed.keys()
+    assert all(np.array_equal(weights[name], undisturbed[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["train", "demo", "--dataset", "absent"],
+            "no finished set at s3://tavlad/datasets/absent: .* run tavlad pack",
+        ),
+        (["train", "demo", "--dataset", "real", "--set", "stage1.epoch=3"], "unknown key stage1.epoch: did you mean"),
+        (
+            ["train", "demo", "--dataset", "real", "--set", "model.num_clusters=9999"],
+            "cannot make 9999 clusters: lower",
+        ),
+        (["train", "demo", "--dataset", "real", "--set", "model.weights=none.pth"], "none.pth"),
+        (["predict", "tavlad-absent-split1@best", "video.avi"], "tavlad-absent-split1"),
+        (["evaluate", "no-such-model", "--dataset", "real"], "no-such-model"),
+        (["pack", "no-such-folder", "--name", "x"], "no-such-folder is no folder"),
+    ],
+)
+def test_mistake_ends_as_one_sentence_and_exit_code_2(
+    packed: dict[str, Any], arguments: list[str], message: str
+) -> None:
+    said = tavlad(*arguments)
+    assert said.code == 2, said.out + said.err
+    assert "Traceback" not in said.out + said.err
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line), line
+
+
+def test_wrong_s3_key_is_refused_without_telling_the_secret(
+    local_site: Site, real_videos: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "wrong.toml"
+    site.write_text(
+        f'ray_address = "{local_site.ray_address}"\nray_dashboard = "{local_site.ray_dashboard}"\n'
+        f's3_endpoint = "{local_site.s3.endpoint_url}"\nbucket = "{local_site.bucket}"\n'
+        f'mlflow = "{local_site.mlflow_uri}"\n'
+    )
+    said = tavlad(
+        *("--site", str(site), "pack", str(real_videos / "videos"), "--name", "x"),
+        TAVLAD_S3_ACCESS_KEY="wrong",
+        TAVLAD_S3_SECRET_KEY="a-secret-that-is-wrong",
+    )
+    assert said.code == 2
+    assert str(local_site.s3.endpoint_url) in said.err
+    assert "a-secret-that-is-wrong" not in said.out + said.err
+    assert "Traceback" not in said.err
+
+
+def test_corrupt_and_missing_videos_are_rejected_rows_and_the_exit_code_says_so(
+    local_site: Site, real_videos: Path, tmp_path: Path
+) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(real_videos / "videos", videos)
+    (videos / "bend" / "torn.avi").write_bytes((videos / "bend" / "daria_bend.avi").read_bytes()[:20_000])
+    command = ["--json", "pack", str(videos), "--name", "torn", "--num-frames", "4", "--short-side", "64"]
+    said = tavlad(*command)
+    assert said.code == 2
+    assert "1 videos were rejected" in said.err
+    (row,) = json.loads(said.out.splitlines()[-1])["rejected"]
+    assert row["path"] == "bend/torn.avi"
+    assert "truncated" in row["reason"]
+    assert tavlad(*command, "--max-rejected", "1").code == 0
+
+
+def test_set_whose_packing_was_killed_is_not_used_and_can_be_finished(local_site: Site, real_videos: Path) -> None:
+    command = ["pack", str(real_videos / "videos"), "--name", "killed", "--num-frames", "8", "--short-side", "96"]
+    store = open_store(local_site.dataset_uri("killed"), local_site.s3)
+    driver = subprocess.Popen([sys.executable, "-m", "ray_jobs.cli", *command], stdout=subprocess.DEVNULL)
+    while not any(path.startswith("parts/") for path in store.list()):
+        assert driver.poll() is None, "packing ended before it could be killed"
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    assert not store.exists("index.parquet"), "killed too late to prove anything"
+    assert tavlad("train", "demo", "--dataset", "killed").code == 2
+    assert tavlad(*command).code == 0
+    assert store.exists("index.parquet")

@@ -1,0 +1,80 @@
+"""Recipes: what is wrong in a file is named with the file, and the same recipe has the same fingerprint."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.recipe import known_recipes, load_recipe
+
+
+def _write(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_that_comes_with_the_package_loads(name: str) -> None:
+    assert load_recipe(name, dataset="some-set").dataset == "some-set"
+
+
+def test_recipe_of_the_paper_has_its_schedule() -> None:
+    recipe = load_recipe("ta-vlad", dataset="hmdb51")
+    assert (recipe.stage1.epochs, recipe.stage1.lr, recipe.stage2.epochs, recipe.stage2.lr) == (50, 1e-2, 30, 1e-4)
+    assert (recipe.training.batch_size, recipe.training.adam_eps, recipe.training.weight_decay) == (32, 1e-4, 4e-5)
+    assert (recipe.model.num_clusters, recipe.model.gru_width, recipe.model.alpha) == (64, 256, 1000.0)
+
+
+def test_part_of_a_stage_keeps_the_rest_of_the_papers_stage(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, 'dataset = "a"\n[stage2]\nepochs = 3'))
+    assert (recipe.stage2.epochs, recipe.stage2.lr, recipe.stage2.vlad) == (3, 1e-4, True)
+
+
+def test_unknown_key_names_file_table_and_nearest_key(tmp_path: Path) -> None:
+    name = _write(tmp_path, 'dataset = "a"\n[stage1]\nepoch = 3')
+    with pytest.raises(ValueError, match=r"mine\.toml: unknown key stage1\.epoch: did you mean epochs\?"):
+        load_recipe(name)
+
+
+def test_recipe_without_a_dataset_says_both_remedies(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine\.toml names no dataset: add dataset .* or give --dataset NAME"):
+        load_recipe(_write(tmp_path, ""))
+
+
+def test_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine\.toml is not TOML"):
+        load_recipe(_write(tmp_path, "dataset = "))
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"no recipe is named nothing: give a TOML file or one of .*ta-vlad"):
+        load_recipe("nothing")
+
+
+def test_changes_are_typed_as_in_the_file(tmp_path: Path) -> None:
+    name = _write(tmp_path, 'dataset = "a"')
+    recipe = load_recipe(name, ["stage1.lr=0.005", "model.temporal=sum", "training.augment=false"])
+    assert (recipe.stage1.lr, recipe.model.temporal, recipe.training.augment) == (0.005, "sum", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stage1.lr", r"--set stage1\.lr: write it as table\.key=value"),
+        ("stage1.lr.x=1", r"stage1\.lr\.x=1: lr is a value|unknown key|must be"),
+        ("stage1.lr=fast", r"stage1\.lr = 'fast': must be of type float"),
+        ("model.num_clusters=0", r"model\.num_clusters = 0: must be at least 1"),
+    ],
+)
+def test_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(_write(tmp_path, 'dataset = "a"\n[stage1]\nlr = 0.1'), [change])
+
+
+def test_fingerprint_changes_with_what_is_computed_and_not_with_where(tmp_path: Path) -> None:
+    name = _write(tmp_path, 'dataset = "a"')
+    base = load_recipe(name).fingerprint(split=1)
+    assert load_recipe(name, ["resources.workers=4"]).fingerprint(split=1) == base
+    assert load_recipe(name, dataset="s3://elsewhere/a").fingerprint(split=1) == base
+    assert load_recipe(name, ["training.seed=1"]).fingerprint(split=1) != base
+    assert load_recipe(name).fingerprint(split=2) != base
