@@ -72,8 +72,9 @@ class State:
     def keys(self) -> tuple[str, str]:
         """The S3 server's access key and secret key, made at the first call."""
         file = self.folder / "s3_keys.json"
-        if not file.exists():
-            write_private(file, json.dumps([f"tavlad{secrets.token_hex(8)}", secrets.token_urlsafe(32)]))
+        with _SAVING:  # the services start together, and must all be given the same keys
+            if not file.exists():
+                write_private(file, json.dumps([f"tavlad{secrets.token_hex(8)}", secrets.token_urlsafe(32)]))
         access_key, secret_key = json.loads(file.read_text())
         return access_key, secret_key
 

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from infra import site
+from infra.service import State
 from infra.site import Site, SiteError, activate, load_site
 
 SITE = """
@@ -188,3 +191,19 @@ def test_another_site_keeps_the_users_ray_token(lab: Path) -> None:
     after = activated(load_site(str(lab)), {"RAY_AUTH_TOKEN": "theirs", "RAY_AUTH_MODE": "token"})
     assert after["RAY_AUTH_TOKEN"] == "theirs"
     assert "RAY_AUTH_TOKEN_PATH" not in after
+
+
+def test_services_that_start_together_are_given_the_same_keys(tmp_path: Path) -> None:
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        state = State(folder=folder, started={})
+        together = threading.Barrier(3)
+
+        def keys(state: State = state, together: threading.Barrier = together) -> tuple[str, str]:
+            together.wait()
+            return state.keys()
+
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(keys) for _ in range(3)]
+        assert len({each.result() for each in asked}) == 1
