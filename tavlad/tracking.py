@@ -10,6 +10,7 @@ the first request that fails. Their step is seconds since the run began; the ste
 """
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_creating = threading.Lock()
 _SECONDS_FOR_AN_ANSWER = 3.0
 _MAX_POINTS_PER_REQUEST = 1000
 _MAX_ENTRIES_PER_REQUEST = 100
@@ -307,6 +309,12 @@ def require_answer(tracking_uri: str) -> None:
 
 
 def _find_or_create(client: MlflowClient, spec: RunSpec) -> str:
+    """The id of the run of this description. One thread at a time: two that find none would create two."""
+    with _creating:
+        return _find_or_create_alone(client, spec)
+
+
+def _find_or_create_alone(client: MlflowClient, spec: RunSpec) -> str:
     experiment_id = _experiment_id(client, spec.experiment)
     same_run = f"tags.`{RUN_TAG}` = '{spec.tags[RUN_TAG]}'"
     found = client.search_runs([experiment_id], same_run, max_results=1, order_by=["attributes.start_time ASC"])
@@ -314,7 +322,7 @@ def _find_or_create(client: MlflowClient, spec: RunSpec) -> str:
     params, long_params = split_long("params", without_credentials(spec.params), MAX_PARAM_CHARACTERS)
     if spec.parent is not None:
         parent = spec.parent
-        tags["mlflow.parentRunId"] = parent if isinstance(parent, str) else _find_or_create(client, parent)
+        tags["mlflow.parentRunId"] = parent if isinstance(parent, str) else _find_or_create_alone(client, parent)
     if found:
         run_id = found[0].info.run_id
     else:

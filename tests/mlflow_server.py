@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,10 +62,15 @@ class MlflowServer:
         os.killpg(self._process.pid, number)
 
 
+_shared: list[MlflowServer] = []
+
+
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A running MLflow server, shared by the session's tests: each uses names of its own."""
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.stop()
+def mlflow_server(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> MlflowServer:
+    """A running MLflow server, one for the tests of all rooms: each uses names of its own."""
+    if not _shared:
+        server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
+        server.start()
+        pytestconfig.add_cleanup(server.stop)
+        _shared.append(server)
+    return _shared[0]

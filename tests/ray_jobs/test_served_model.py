@@ -2,7 +2,9 @@ import ast
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -68,7 +70,11 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
         container.mux(stream.encode())
 
 
-def test_a_file_is_predicted_as_it_was_evaluated(directory: Path, videos: Path, tmp_path: Path) -> None:
+# In bf16 the head's matrix products round differently for another number of clips at once.
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bf16", 5e-3)])
+def test_a_file_is_predicted_as_it_was_evaluated(
+    directory: Path, videos: Path, tmp_path: Path, precision: Literal["float32", "bf16"], tolerance: float
+) -> None:
     store = open_store(str(tmp_path / "set"))
     plan = plan_packing(scan("noise", videos, "folders"), PackOptions(num_frames=4, short_side=40))
     index = finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
@@ -76,14 +82,16 @@ def test_a_file_is_predicted_as_it_was_evaluated(directory: Path, videos: Path, 
         index, store, 1, "test", LoaderOptions(batch_size=2, seed=0, crop=32, augment=False, shuffle=False)
     )
     model, card = load_model(directory)
-    scores = evaluate(model, loader.epoch(0), card.precision)
+    directory = tmp_path / precision
+    save_checkpoint(directory, model, replace(card, precision=precision))
+    scores = evaluate(model, loader.epoch(0), precision)
     sources = dict(zip(index.clips_table.keys(), index.clips_table.table["source"].to_pylist(), strict=True))
     assert len(scores.keys) >= 3
     for key, probabilities in zip(scores.keys, scores.probabilities, strict=True):
         table = ServedModel(directory).predict(str(videos / sources[key]), {"top": 3})
         expected = dict(zip(CARD.actions, probabilities.tolist(), strict=True))
         predicted = dict(zip(table["action"], table["probability"], strict=True))
-        assert predicted == pytest.approx(expected, abs=1e-5)
+        assert predicted == pytest.approx(expected, abs=tolerance)
     assert scores.probabilities.std(axis=0).max() > 1e-3
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 import tavlad.tracking as tracking
 from tavlad.runlog import RUN_TAG, NullTracker, RunSpec, TrackingError
@@ -72,6 +73,22 @@ def test_a_tracker_knows_its_run_and_page_as_soon_as_the_server_does(
     assert again.run_id() == run_id
     assert MlflowClient(mlflow_server.uri).get_run(run_id).info.status == "RUNNING"
     assert again.close() == 0
+
+
+def test_trackers_that_create_their_runs_at_the_same_time_create_each_once(
+    mlflow_server: MlflowServer, experiment: str, tmp_path: Path
+) -> None:
+    train = RunSpec(experiment=experiment, name="train", tags={RUN_TAG: "a"}, params={})
+    stages = [
+        RunSpec(experiment=experiment, name=f"stage{n}", tags={RUN_TAG: f"a/{n}"}, params={}, parent=train)
+        for n in range(4)
+    ]
+    trackers = [Tracker(mlflow_server.uri, spec, tmp_path / spec.name) for spec in (train, *stages)]
+    assert [tracker.close() for tracker in trackers] == [0] * 5
+    client = MlflowClient(mlflow_server.uri)
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["stage0", "stage1", "stage2", "stage3", "train"]
+    assert len({run.data.tags.get("mlflow.parentRunId") for run in runs}) == 2
 
 
 def test_a_stage_is_shown_under_its_training(mlflow_server: MlflowServer, experiment: str) -> None:
@@ -214,6 +231,30 @@ def test_points_delivered_by_a_process_that_died_are_not_delivered_again(
     tracker.log_metrics({"train/loss": 2.0}, 2)
     assert tracker.close() == 0
     assert points(mlflow_server, run_id, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_batch_the_server_took_although_the_answer_was_lost_is_not_sent_again(
+    mlflow_server: MlflowServer, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = start(mlflow_server, experiment)
+    log_batch, sent = MlflowClient.log_batch, list[int]()
+
+    def lose_the_first_answer(client: MlflowClient, run: str, metrics: list[Metric], synchronous: bool) -> None:
+        log_batch(client, run, metrics=metrics, synchronous=synchronous)
+        sent.extend(metric.step for metric in metrics)
+        if len(sent) == 1:
+            raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", lose_the_first_answer)
+    tracker = Tracker(mlflow_server.uri, run_id, tmp_path)
+    tracker.run_id()
+    tracker.log_metrics({"train/loss": 1.0}, 0)
+    while not sent:
+        time.sleep(0.01)
+    tracker.log_metrics({"train/loss": 0.5}, 1)
+    assert tracker.close() == 0
+    assert sent == [0, 1]
+    assert points(mlflow_server, run_id, "train/loss") == [(0, 1.0), (1, 0.5)]
 
 
 def test_an_epoch_done_again_on_another_machine_is_drawn_once(
