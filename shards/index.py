@@ -130,8 +130,8 @@ def make_index(
     }
     # A clip's digest covers its key, action, splits, group and frames: they are in its json member.
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for chunk in rows["sha256"].chunks:
-        digest.update("\n".join(chunk.to_pylist()).encode())
+    for clip in rows["sha256"].to_pylist():
+        digest.update(clip.encode())
     return Index(
         name=name,
         actions=tuple(actions),
@@ -164,9 +164,7 @@ def load_index(store: Store) -> Index:
     table, described = read_table(store, INDEX_PATH)
     if described.get("format") != FORMAT:
         found = described.get("format", "unknown")
-        raise ValueError(
-            f"{store.uri}/{INDEX_PATH} has format {found}, this version reads {FORMAT}: pack the set again"
-        )
+        raise ValueError(f"{store.uri}/{INDEX_PATH} has format {found}, not {FORMAT}: pack the set again")
     return Index(
         name=described["name"],
         actions=tuple(described["actions"]),

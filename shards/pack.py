@@ -54,7 +54,7 @@ class PackOptions:
     """Pixels of the packed frames' short side; shorter videos keep theirs."""
     jpeg_quality: int = 90
     """1 to 100."""
-    shard_megabytes: float = 64
+    shard_megabytes: float = 64.0
     """Size aimed at, by estimate: see `plan_packing`."""
     seed: int = 0
     """Of the random order in which clips are dealt to shards."""
@@ -121,6 +121,7 @@ def plan_packing(video_set: VideoSet, options: PackOptions) -> PackPlan:
     clip_bytes = options.num_frames * options.short_side**2 * 4 / 3 * _BYTES_PER_PIXEL
     num_shards = math.ceil(len(clips) * clip_bytes / (options.shard_megabytes * _MEGABYTE))
     num_shards = max(num_shards, min(_PARALLEL_SHARDS, math.ceil(len(clips) / _PARALLEL_SHARDS)))
+    num_shards = min(num_shards, len(clips))
     bounds = [len(clips) * number // num_shards for number in range(num_shards + 1)]
     described = [
         [clip.key, clip.label, clip.video.splits, clip.video.group, clip.num_bytes, clip.sketch] for clip in dealt
@@ -178,17 +179,26 @@ def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rej
     Raises ValueError if no video could be packed, or more than `max_rejected` could not (rejected.parquet then says
     which, and the packed shards are kept), or if another job has finished another set here meanwhile.
     """
-    index = finished_set(plan, store)
-    if index is not None:
-        return index
+    index = finished_set(plan, store) or _publish(plan, results, store, max_rejected)
+    for path in store.list(_PARTS):
+        store.delete(path)
+    return index
+
+
+def shard_path(number: int) -> str:
+    """Where a shard lies below its set."""
+    return f"{_SHARDS}{number:06d}.tar"
+
+
+def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rejected: int | None) -> Index:
     results = sorted(results, key=lambda result: result.number)
     assert [result.number for result in results] == list(range(len(plan.shards))), "one result a shard"
     _check_shards(plan, results, store)
     rejected = sorted(row for result in results for row in result.rejected)
-    rows = pa.concat_tables([result.rows for result in results])
     columns = [pa.array(column, pa.string()) for column in (zip(*rejected, strict=True) if rejected else ([], []))]
     table = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
     store.write(REJECTED_PATH, table_bytes(table, {"plan": plan.fingerprint}))
+    rows = pa.concat_tables([result.rows for result in results])
     allowed = len(rejected) if max_rejected is None else max_rejected
     if not rows.num_rows or len(rejected) > allowed:
         path, reason = rejected[0]
@@ -204,18 +214,11 @@ def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rej
         plan=plan.fingerprint,
         rows=rows,
     )
-    if not store.write_if_absent(INDEX_PATH, index_bytes(index)):
-        finished = finished_set(plan, store)
-        assert finished is not None
-        return finished
-    for path in store.list(_PARTS):
-        store.delete(path)
-    return index
-
-
-def shard_path(number: int) -> str:
-    """Where a shard lies below its set."""
-    return f"{_SHARDS}{number:06d}.tar"
+    if store.write_if_absent(INDEX_PATH, index_bytes(index)):
+        return index
+    finished = finished_set(plan, store)  # another job was quicker; raises if its plan was another
+    assert finished is not None
+    return finished
 
 
 def _finished_shard(plan: PackPlan, number: int, index: Index, store: Store) -> ShardResult:

@@ -6,9 +6,10 @@ order → place → bytes (cache or ranged read) → digest → JPEGs → frames
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -92,17 +93,17 @@ class ClipLoader:
         """
         order_N = self._order(epoch)
         steps = iter(range(start_step, self.num_steps))
-        waiting: deque[tuple[int, Int64[np.ndarray, " B"], list[Future[Tensor]]]] = deque()
+        waiting: deque[tuple[int, Int64[np.ndarray, " B"], list[Callable[[], Tensor]]]] = deque()
         with _Workers(self.options.num_threads) as workers:
             while True:
                 # Keep `prefetch_batches` batches under way.
                 while len(waiting) < self.options.prefetch_batches and (step := next(steps, None)) is not None:
                     rows_B = batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
-                    waiting.append((step, rows_B, [workers.submit(self, int(row), epoch) for row in rows_B]))
+                    waiting.append((step, rows_B, [workers.start(self.read_clip, int(row), epoch) for row in rows_B]))
                 if not waiting:
                     return
-                step, rows_B, futures = waiting.popleft()
-                yield self._batch(step, rows_B, [future.result() for future in futures])
+                step, rows_B, clips = waiting.popleft()
+                yield self._batch(step, rows_B, [clip() for clip in clips])
 
     def read_clip(self, row: int, epoch: int) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part, as the epoch's batch holds it."""
@@ -201,9 +202,6 @@ class _Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, loader: ClipLoader, row: int, epoch: int) -> Future[Tensor]:
-        if self._pool is not None:
-            return self._pool.submit(loader.read_clip, row, epoch)
-        done: Future[Tensor] = Future()
-        done.set_result(loader.read_clip(row, epoch))
-        return done
+    def start(self, read: Callable[[int, int], Tensor], row: int, epoch: int) -> Callable[[], Tensor]:
+        """What waits for the clip, or without threads reads it only then: so an error comes at the clip's place."""
+        return partial(read, row, epoch) if self._pool is None else self._pool.submit(read, row, epoch).result
