@@ -52,7 +52,7 @@ def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal
     if index.actions != card.actions or index.num_frames != card.num_frames:
         raise ValueError(
             f"{name} tells {len(card.actions)} actions apart in clips of {card.num_frames} frames, and {store.uri} has "
-            f"{len(index.actions)} actions in clips of {index.num_frames}: evaluate it on a set with its actions and frames"
+            f"{len(index.actions)} actions in clips of {index.num_frames}: evaluate it on a set like the one it knows"
         )
     options = LoaderOptions(batch_size=_BATCH_SIZE, seed=0, crop=card.crop, augment=False, shuffle=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

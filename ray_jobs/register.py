@@ -9,15 +9,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from infra.site import Site
+from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.served_model import stage_code
 from ray_jobs.worker import HISTORY, SCORES, load_scores
 from shards.index import Index
+from shards.read import ClipLoader, LoaderOptions
+from shards.store import open_store
 from shards.table import write_table
 from tavlad import figures
-from tavlad.checkpoint import STATE
+from tavlad.checkpoint import STATE, load_model
 from tavlad.metrics import Scores
 from tavlad.registry import Registered, register
 from tavlad.runlog import RUN_TAG, RunSpec
@@ -25,6 +28,7 @@ from tavlad.tracking import Tracker
 
 _SECONDS_BETWEEN_SYSTEM_METRICS = 10.0
 _SECONDS_FOR_DELIVERY = 30.0
+_ATTENTION_CLIPS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +152,7 @@ def register_training(
         records.finish_stages()
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
+        _draw_attention(site, plan, index, directory, Path(folder) / "attention.png")
         _log_artifacts(records.parent, plan, index, scores, history, Path(folder))
         run_id = records.parent.run_id(_SECONDS_FOR_DELIVERY)
         with tempfile.TemporaryDirectory(prefix="tavlad-") as code:
@@ -177,6 +182,23 @@ def register_training(
         best_on_test=best_on_test,
         run_url=records.parent.url(),
     )
+
+
+def _draw_attention(site: Site, plan: TrainingPlan, index: Index, directory: Path, path: Path) -> None:
+    """The attention of the untouched ImageNet trunk and of the trained model, on a frame of a few test clips."""
+    untrained, _ = build_untrained(site, plan.recipe, len(index.actions))
+    trained, card = load_model(directory)
+    options = LoaderOptions(
+        batch_size=_ATTENTION_CLIPS, seed=0, crop=card.crop, augment=False, shuffle=True, prefetch_batches=1
+    )
+    loader = ClipLoader(index, open_store(plan.dataset_uri, site.s3), plan.split, "test", options)
+    middle_B1CHW = next(loader.epoch(0)).frames_BTCHW[:, card.num_frames // 2, None]
+    figure = figures.attention_grid(
+        middle_B1CHW[:, 0].permute(0, 2, 3, 1).numpy(),
+        untrained.eval().attention(middle_B1CHW)[:, 0].numpy(),
+        trained.attention(middle_B1CHW)[:, 0].numpy(),
+    )
+    path.write_bytes(figures.png(figure))
 
 
 def _log_artifacts(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.io import encode_jpeg
 
+from shards.clip_bytes import encode_jpeg
 from tavlad import figures
 
 _STYLE = """
@@ -141,7 +141,7 @@ def _model(model: DemoModel, actions: tuple[str, ...]) -> str:
 
 def _filmstrip(strip: Filmstrip) -> str:
     row_HWC = np.concatenate(list(strip.frames_THWC), axis=1)
-    jpeg = encode_jpeg(torch.from_numpy(row_HWC).permute(2, 0, 1).contiguous(), quality=85).numpy().tobytes()
+    jpeg = encode_jpeg(torch.from_numpy(row_HWC).permute(2, 0, 1).contiguous(), quality=85)
     is_right = strip.predicted_action == strip.true_action
     said = f"{html.escape(strip.predicted_action)} ({_percent(strip.probability)})"
     return (
