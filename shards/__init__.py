@@ -1,1 +1,1 @@
-"""Videos in, batches out: packing to WebDataset shards and reading them in an exact order. Knows nothing of the model."""
+"""Videos in, batches out: packing to WebDataset shards and reading them in an exact order. Knows no model."""

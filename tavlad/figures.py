@@ -1,4 +1,4 @@
-"""Pictures of a training: confusion matrix, each action's accuracy, curves, attention. Readable from 2 to 101 actions."""
+"""Pictures of a training: confusion matrix, accuracy by action, curves, attention. Readable from 2 to 101 actions."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+_BLUE = "#3b75af"
 _DOTS_PER_INCH = 120
+_FEW_ACTIONS = 20
+"""Up to so many, a confusion matrix has room for numbers."""
 
 
 def png(figure: Figure) -> bytes:
@@ -19,23 +25,34 @@ def png(figure: Figure) -> bytes:
 
 
 def confusion_matrix(confusion_AA: Int64[np.ndarray, "A A"], actions: Sequence[str]) -> Figure:
-    """Share of each true action's clips (row) by predicted action (column), 0 to 1; counts in the cells when few."""
+    """Share of each true action's clips (row) by predicted action (column); counts in the cells when actions are few.
+
+    Colours follow the square root of the share, 0 to 1, so that single confused clips stay visible.
+    """
     num_actions = len(actions)
     shares = confusion_AA / np.maximum(1, confusion_AA.sum(axis=1, keepdims=True))
-    side = max(4.5, 0.22 * num_actions + 2)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    is_small = num_actions <= _FEW_ACTIONS
+    cell, font = (0.36, 9) if is_small else (0.17, 7)
+    names = _label_inches(actions, font)
+    side = max(1.8, cell * num_actions)
+    figure = Figure(figsize=(side + names + 1.6, side + names + 0.9), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    font = 9 if num_actions <= 20 else 6
-    axes.set_xticks(range(num_actions), actions, rotation=90, fontsize=font)
-    axes.set_yticks(range(num_actions), actions, fontsize=font)
-    axes.set(xlabel="predicted", ylabel="true", title="Confusion, share of each true action")
-    if num_actions <= 20:
+    scale = PowerNorm(0.5, vmin=0, vmax=1)
+    image = axes.imshow(shares, norm=scale, cmap="Blues")
+    axes.set_xticks(range(num_actions), actions, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(range(num_actions), actions, fontsize=font, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    if is_small:
         for row, column in np.argwhere(confusion_AA > 0):
-            colour = "white" if shares[row, column] > 0.6 else "black"
+            colour = "white" if scale(shares[row, column]) > 0.6 else "black"
             axes.text(column, row, str(confusion_AA[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=axes, fraction=0.04)
+    figure.colorbar(image, ax=axes, shrink=min(1, 5 / side), aspect=12, label="share of the true action's clips")
     return figure
+
+
+def _label_inches(labels: Sequence[str], font: int) -> float:
+    """About how long the longest label is."""
+    return 0.6 * font / 72 * max(map(len, labels))
 
 
 def per_action_bars(confusion_AA: Int64[np.ndarray, "A A"], actions: Sequence[str]) -> Figure:
@@ -43,33 +60,50 @@ def per_action_bars(confusion_AA: Int64[np.ndarray, "A A"], actions: Sequence[st
     clips = confusion_AA.sum(axis=1)
     shares = 100 * confusion_AA.diagonal() / np.maximum(1, clips)
     order = np.argsort(shares, kind="stable")
-    figure = Figure(figsize=(7, max(2.5, 0.19 * len(actions) + 1)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(range(len(actions)), shares[order], color="#3b75af")
     names = [f"{actions[label]} ({clips[label]})" for label in order]
-    axes.set_yticks(range(len(actions)), names, fontsize=9 if len(actions) <= 30 else 7)
+    font = 9 if len(actions) <= _FEW_ACTIONS else 7
+    size = (
+        4 + _label_inches(names, font),
+        0.9 + max(1.0, (0.24 if len(actions) <= _FEW_ACTIONS else 0.16) * len(actions)),
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(actions)), shares[order], color=_BLUE)
+    axes.set_yticks(range(len(actions)), names, fontsize=font, parse_math=False)
     axes.set(xlim=(0, 100), ylim=(-0.6, len(actions) - 0.4), xlabel="right, % (clips in brackets)")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def training_curves(epochs: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and accuracy over the epochs of both stages, one after the other; a dotted line where stage 2 begins."""
+    """Loss and accuracy over the epochs of both stages, one after the other; a dotted line where stage 2 begins.
+
+    A row has stage, epoch, train/loss, train/top1 and, where the epoch was tested, test/top1.
+    """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    place = list(range(1, len(epochs) + 1))
-    left.plot(place, [row["train/loss"] for row in epochs], color="#3b75af")
-    left.set(xlabel="epoch (both stages)", ylabel="training loss", ylim=(0, None))
-    right.plot(place, [100 * row["train/top1"] for row in epochs], label="train", color="#3b75af")
-    tested = [(at, 100 * row["test/top1"]) for at, row in zip(place, epochs, strict=True) if "test/top1" in row]
-    right.plot(*zip(*tested, strict=True), marker="o", markersize=4, label="test", color="#d1603d")
-    right.set(xlabel="epoch (both stages)", ylabel="top-1, %", ylim=(0, 102))
+    _curve(left, [row.get("train/loss") for row in epochs], "train", _BLUE)
+    left.set(ylabel="training loss", ylim=(0, None))
+    for part, colour in (("train", _BLUE), ("test", "#d1603d")):
+        shares = [row.get(f"{part}/top1") for row in epochs]
+        _curve(right, [None if share is None else 100 * share for share in shares], part, colour)
+    right.set(ylabel="top-1, %", ylim=(0, 102))
     right.legend(loc="lower right")
-    first_of_stage_2 = sum(row["stage"] == 1 for row in epochs)
-    if 0 < first_of_stage_2 < len(epochs):
-        for axes in (left, right):
-            axes.axvline(first_of_stage_2 + 0.5, color="grey", linestyle=":")
+    num_stage_1 = sum(row["stage"] == 1 for row in epochs)
+    for axes in (left, right):
+        axes.set(xlabel="epoch (stage 2 from the dotted line)" if 0 < num_stage_1 < len(epochs) else "epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if 0 < num_stage_1 < len(epochs):
+            axes.axvline(num_stage_1 + 0.5, color="grey", linestyle=":")
     return figure
+
+
+def _curve(axes: Axes, values: Sequence[float | None], label: str, colour: str) -> None:
+    """One metric over the epochs that have it, with a mark at each when they are few."""
+    points = [(place, value) for place, value in enumerate(values, start=1) if value is not None]
+    marker = "o" if len(points) < len(values) or len(points) <= 10 else None
+    places, heights = [place for place, _ in points], [value for _, value in points]
+    axes.plot(places, heights, marker=marker, markersize=4, label=label, color=colour)
 
 
 def attention_grid(
@@ -77,7 +111,7 @@ def attention_grid(
     before_FHW: Float[np.ndarray, "F h w"],
     after_FHW: Float[np.ndarray, "F h w"],
 ) -> Figure:
-    """Frames, the attention of the untouched ImageNet trunk, and that after training; scale fixed from 0 to 1."""
+    """Frames, the attention of the untouched ImageNet trunk, and that after training; viridis, fixed from 0 to 1."""
     num_frames = len(frames_FHWC)
     figure = Figure(figsize=(1.6 * num_frames + 1.2, 5), layout="constrained")
     axes_RF = figure.subplots(3, num_frames, squeeze=False)
@@ -86,6 +120,7 @@ def attention_grid(
         axes_RF[0, column].imshow(frames_FHWC[column])
         for row, maps in ((1, before_FHW), (2, after_FHW)):
             image = axes_RF[row, column].imshow(maps[column], vmin=0, vmax=1, cmap="viridis")
+            axes_RF[row, column].set_xlabel(f"mean {maps[column].mean():.2f}", fontsize=8)
     for row, name in enumerate(("frame", "ImageNet", "trained")):
         axes_RF[row, 0].set_ylabel(name)
     for axes in axes_RF.flat:
