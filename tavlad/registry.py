@@ -13,6 +13,7 @@ import hashlib
 import math
 import shutil
 import tempfile
+import time
 import uuid
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -45,6 +46,7 @@ _TAKING, _TAKEN = "taking ", "taken "
 _FILES = (".safetensors", ".json")
 _NAME_IN_RUN = "model"
 _VERSIONS_PER_PAGE = 200
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,7 +235,12 @@ def _stored_sizes(client: MlflowClient, model_id: str, path: str | None = None) 
 def _create_version(client: MlflowClient, name: str, model_id: str, run_id: str, tags: dict[str, str]) -> ModelVersion:
     with contextlib.suppress(MlflowException):  # it exists, or the next call says what is wrong
         client.create_registered_model(name)
-    return client.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=tags, model_id=model_id)
+    source = f"models:/{model_id}"
+    version = client.create_model_version(name, source, run_id, tags, model_id=model_id, await_creation_for=0)
+    while version.status == "PENDING_REGISTRATION":  # not by MLflow's own server
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        version = client.get_model_version(name, version.version)
+    return version
 
 
 def _version_of_run(client: MlflowClient, name: str, run_id: str, digest: str) -> ModelVersion | None:

@@ -54,7 +54,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _creating = threading.Lock()
-_SECONDS_FOR_AN_ANSWER = 3.0
+_SECONDS_FOR_AN_ANSWER = 15.0  # a busy server is not a dead one, and a refused connection is known at once
 _MAX_POINTS_PER_REQUEST = 1000
 _MAX_ENTRIES_PER_REQUEST = 100
 _MAX_DIGEST_CHARACTERS = 36
@@ -287,7 +287,7 @@ def _leading_metrics(lines: list[Line]) -> list[Line]:
 
 
 def require_answer(tracking_uri: str) -> None:
-    """TrackingError within seconds when no MLflow server answers at an http(s) address."""
+    """TrackingError when no MLflow server answers at an http(s) address."""
     if not tracking_uri.startswith(("http://", "https://")):
         return
     remedy = "start it (`tavlad up` for the local site) or correct the site's MLflow address"
