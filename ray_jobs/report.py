@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,20 @@ from tavlad import figures
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem .9rem .3rem 0; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; break-after: avoid; }
+table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1rem .3rem 0; }
 th { border-bottom: 2px solid; } td { border-bottom: 1px solid #8884; } .number { text-align: right; }
 img { max-width: 100%; background: white; } code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
-figure { margin: 0 0 1.2rem; break-inside: avoid; } .right { color: #2a7d3f; } .wrong { color: #c0392b; }
+.wide { overflow-x: auto; }
+figure { margin: 0 0 1.2rem; break-inside: avoid; } figcaption { margin-bottom: .3rem; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
+.right { color: #2a7d3f; } .wrong { color: #c0392b; }
+@media (prefers-color-scheme: dark) { .right { color: #6fcf8a; } .wrong { color: #ff8a7a; } }
+@media print { body { max-width: none; margin: 0; font-size: 11pt; } .right, .wrong { color: inherit; } }
 """
+_MANY_ACTIONS = 20
+"""Above this, names are not listed and each confusion matrix takes the whole width."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,18 +84,22 @@ class DemoReport:
 
 def write_report(path: Path, report: DemoReport) -> None:
     """Write the report; it appears whole."""
+    minutes, seconds = divmod(round(sum(step.seconds for step in report.steps)), 60)
     sections = [
         f"<h1>tavlad: {html.escape(report.dataset)}</h1>",
-        f"<p>{report.num_clips} clips of {len(report.actions)} actions, "
-        f"{sum(step.seconds for step in report.steps):.0f} s in all.</p>",
+        f"<p>{report.num_clips} clips of {len(report.actions)} actions{_names(report.actions)}. "
+        f"{minutes} min {seconds} s in all.</p>",
         "<h2>Models</h2>",
         _models(report.models),
         _pair_note(report.models),
-        *(_model(model, report.actions) for model in report.models),
         "<h2>Test videos and what the best model says</h2>" if report.filmstrips else "",
         *map(_filmstrip, report.filmstrips),
+        "<h2>Which actions are taken for which</h2><p>Clips of the test part, after the last epoch.</p>",
+        _confusions(report),
+        "<h2>Training</h2>",
+        *map(_curves, report.models),
         "<h2>Where the time went</h2>",
-        _table(["step", "seconds"], [[html.escape(step.name), f"{step.seconds:.1f}"] for step in report.steps]),
+        _table(["step", "seconds"], [[html.escape(step.name), f"{step.seconds:.1f}"] for step in report.steps], {1}),
         _next_steps(report),
     ]
     text = (
@@ -104,7 +115,12 @@ def write_report(path: Path, report: DemoReport) -> None:
     partial.replace(path)
 
 
+def _names(actions: Sequence[str]) -> str:
+    return f" ({html.escape(', '.join(actions))})" if len(actions) <= _MANY_ACTIONS else ""
+
+
 def _models(models: Sequence[DemoModel]) -> str:
+    columns = ["variant", "temporal", "split", "test top-1", "mean class", "within pairs", "registered"]
     rows = [
         [
             html.escape(model.variant),
@@ -118,7 +134,7 @@ def _models(models: Sequence[DemoModel]) -> str:
         ]
         for model in models
     ]
-    return _table(["variant", "temporal", "split", "test top-1", "mean class", "within pairs", "registered"], rows)
+    return _table(columns, rows, {3, 4, 5})
 
 
 def _pair_note(models: Sequence[DemoModel]) -> str:
@@ -130,23 +146,36 @@ def _pair_note(models: Sequence[DemoModel]) -> str:
     )
 
 
-def _model(model: DemoModel, actions: tuple[str, ...]) -> str:
-    pictures = {
-        "Training": figures.training_curves(model.epochs),
-        "Confusion on the test part": figures.confusion_matrix(model.confusion_AA, actions),
-    }
-    shown = "".join(f"<figure>{_image(figures.png(figure), 'png', name)}</figure>" for name, figure in pictures.items())
-    return f"<h2>{html.escape(model.variant)}, temporal = {html.escape(model.temporal)}</h2>{shown}"
+def _title(model: DemoModel) -> str:
+    return f"<b>{html.escape(model.variant)}</b>, temporal = {html.escape(model.temporal)}"
+
+
+def _confusions(report: DemoReport) -> str:
+    shown = "".join(
+        f"<figure><figcaption>{_title(model)}</figcaption>"
+        + _image(figures.png(figures.confusion_matrix(model.confusion_AA, report.actions)), "png", "confusion matrix")
+        + "</figure>"
+        for model in report.models
+    )
+    return f'<div class="beside">{shown}</div>' if len(report.actions) <= _MANY_ACTIONS else shown
+
+
+def _curves(model: DemoModel) -> str:
+    picture = _image(figures.png(figures.training_curves(model.epochs)), "png", "training curves")
+    return f"<figure><figcaption>{_title(model)}</figcaption>{picture}</figure>"
 
 
 def _filmstrip(strip: Filmstrip) -> str:
-    row_HWC = np.concatenate(list(strip.frames_THWC), axis=1)
+    # A white gap of 4 pixels between the frames.
+    framed_THWC = np.pad(strip.frames_THWC, ((0, 0), (0, 0), (0, 4), (0, 0)), constant_values=255)
+    row_HWC = np.concatenate(list(framed_THWC), axis=1)[:, :-4]
     jpeg = encode_jpeg(torch.from_numpy(row_HWC).permute(2, 0, 1).contiguous(), quality=85)
     is_right = strip.predicted_action == strip.true_action
     said = f"{html.escape(strip.predicted_action)} ({_percent(strip.probability)})"
     return (
-        f"<figure>{_image(jpeg, 'jpeg', strip.true_action)}<figcaption>shows <b>{html.escape(strip.true_action)}</b>, "
-        f'predicted <b class="{"right" if is_right else "wrong"}">{said}</b></figcaption></figure>'
+        f"<figure><figcaption>shows <b>{html.escape(strip.true_action)}</b>, predicted "
+        f'<b class="{"right" if is_right else "wrong"}">{"" if is_right else "✗ "}{said}</b></figcaption>'
+        f"{_image(jpeg, 'jpeg', strip.true_action)}</figure>"
     )
 
 
@@ -155,17 +184,24 @@ def _next_steps(report: DemoReport) -> str:
     return (
         "<h2>Going on</h2><ul>"
         f'<li>Compare the runs in MLflow: <a href="{html.escape(report.tracking_uri)}">'
-        f"{html.escape(report.tracking_uri)}</a></li>"
+        f"{html.escape(report.tracking_uri)}</a> (it answers while the services run; <code>tavlad up</code> starts "
+        "them again)</li>"
         f"<li>Use the best model: <code>tavlad predict {model}@best VIDEO</code></li>"
         "<li>Train on videos of your own: <code>make demo VIDEOS=DIR</code>, a folder per action</li>"
         "<li>Stop the services: <code>tavlad down</code></li></ul>"
     )
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """A table of cells that are HTML already; the columns `numbers` are set to the right."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marked = (f'<{tag} class="number">' if place in numbers else f"<{tag}>" for place in range(len(cells)))
+        return "<tr>" + "".join(f"{mark}{cell}</{tag}>" for mark, cell in zip(marked, cells, strict=True)) + "</tr>"
+
+    head = line("th", [html.escape(column) for column in columns])
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
 def _image(data: bytes, kind: str, name: str) -> str:
@@ -173,4 +209,4 @@ def _image(data: bytes, kind: str, name: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}&nbsp;%"

@@ -46,7 +46,7 @@ def confusion_matrix(confusion_AA: Int64[np.ndarray, "A A"], actions: Sequence[s
         for row, column in np.argwhere(confusion_AA > 0):
             colour = "white" if scale(shares[row, column]) > 0.6 else "black"
             axes.text(column, row, str(confusion_AA[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=min(1, 5 / side), aspect=12, label="share of the true action's clips")
+    figure.colorbar(image, ax=axes, shrink=min(0.85, 4 / side), aspect=12, label="share of the true action's clips")
     return figure
 
 
