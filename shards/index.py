@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
+from pyarrow.compute import call_function
 
 from shards.store import Store
 
@@ -110,10 +111,15 @@ class Index:
             raise ValueError(f"there is no split {split}: a set has splits 1, 2 and 3")
         assert part in ("train", "test"), part
         table = self.clips_table.table
-        rows = np.flatnonzero(table[f"split{split}"].to_numpy(zero_copy_only=False) == part)
-        if not len(rows):
+        rows = rows_where(table, f"split{split}", part)
+        if not rows.num_rows:
             raise ValueError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
-        return ClipTable.of(table.take(pa.array(rows)))
+        return ClipTable.of(rows)
+
+
+def rows_where(table: pa.Table, column: str, value: str) -> pa.Table:
+    """The rows with this value, in their order."""
+    return table.filter(call_function("equal", [table[column], pa.scalar(value)]))
 
 
 def make_index(

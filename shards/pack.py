@@ -32,6 +32,7 @@ from shards.index import (
     load_index,
     make_index,
     read_table,
+    rows_where,
     table_bytes,
 )
 from shards.store import Store
@@ -223,8 +224,7 @@ def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_r
 
 def _finished_shard(plan: PackPlan, number: int, index: Index, store: Store) -> ShardResult:
     """The result of a shard whose set is finished, so that packing again changes nothing."""
-    shards = index.clips_table.table["shard"].to_numpy()
-    rows = index.clips_table.table.filter(pa.array(shards == shard_path(number)))
+    rows = rows_where(index.clips_table.table, "shard", shard_path(number))
     names = {_printable(clip.video.name) for clip in plan.shards[number]}
     rejected = [row for row in read_table(store, REJECTED_PATH)[0].to_pylist() if row["path"] in names]
     described = {

@@ -99,6 +99,8 @@ def read_table_of_videos(path: Path) -> Listing:
     """
     columns, rows = _table_rows(path)
     splits = {1: "split"} if "split" in columns else {k: f"split{k}" for k in (1, 2, 3) if f"split{k}" in columns}
+    if "split" in columns and any(f"split{k}" in columns for k in (1, 2, 3)):
+        raise ValueError(f"{path} has a column 'split' and numbered ones: rename 'split' to 'split1', or remove it")
     for needed in ("path", "action", *(() if splits else ("split1",))):
         if needed not in columns:
             raise ValueError(f"{path} has no column {needed!r} (it has {', '.join(columns)}): name the columns so")

@@ -1,12 +1,13 @@
 """Reads a shard set again from end to end and tells what is wrong with it."""
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from shards.index import ClipPlace, load_index
-from shards.store import MissingObject, Store, StoreError, StoreUnreachable
+from shards.store import MissingObject, Store, StoreError
+
+_CLIPS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class Problem:
 
 
 def verify(store: Store, num_threads: int = 8) -> list[Problem]:
-    """Compares every clip of the set with its digest in the index; no problems, no list.
+    """Compares every clip of the set with its digest in the index; an empty list means that the set is whole.
 
     Raises ValueError if there is no finished set, and the store's own errors if the store does not answer.
     """
@@ -31,22 +32,25 @@ def verify(store: Store, num_threads: int = 8) -> list[Problem]:
     present = set(store.list("shards/"))
     absent = sorted(set(clips.table["shard"].unique().to_pylist()) - present)
     problems = [Problem(shard=shard, key="", what="is missing") for shard in absent]
-    places = (place for place in map(clips.place, range(len(clips))) if place.shard in present)
     with ThreadPoolExecutor(num_threads) as pool:
-        for found in pool.map(lambda place: list(_check(store, place)), places):
-            problems += found
+        for start in range(0, len(clips), _CLIPS_AT_ONCE):
+            places = map(clips.place, range(start, min(start + _CLIPS_AT_ONCE, len(clips))))
+            checked = pool.map(
+                lambda place: _check(store, place), [place for place in places if place.shard in present]
+            )
+            problems += [problem for problem in checked if problem is not None]
     return problems
 
 
-def _check(store: Store, place: ClipPlace) -> Iterator[Problem]:
+def _check(store: Store, place: ClipPlace) -> Problem | None:
     try:
         members = store.read_range(place.shard, place.offset, place.length)
-    except StoreUnreachable:
-        raise
     except MissingObject:
-        yield Problem(shard=place.shard, key=place.key, what="is missing: the shard vanished meanwhile")
-    except StoreError:
-        yield Problem(shard=place.shard, key=place.key, what="cannot be read: the shard is truncated")
-    else:
-        if hashlib.sha256(members).hexdigest() != place.sha256:
-            yield Problem(shard=place.shard, key=place.key, what="is not what was packed: its digest differs")
+        return Problem(shard=place.shard, key=place.key, what="is missing: its shard has just vanished")
+    except StoreError as error:
+        if type(error) is not StoreError:  # the store does not answer, or not us
+            raise
+        return Problem(shard=place.shard, key=place.key, what="cannot be read: the shard is truncated")
+    if hashlib.sha256(members).hexdigest() != place.sha256:
+        return Problem(shard=place.shard, key=place.key, what="is not what was packed: its digest differs")
+    return None

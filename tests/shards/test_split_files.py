@@ -192,6 +192,7 @@ def test_column_split_is_split_1(tmp_path: Path) -> None:
         ("path,action,split\na,b,train\na,c,test\n", r"t\.csv:3: a is already in split 1 \(.*t\.csv:2\)"),
         ("path,action,split\n../a,b,train\n", r"t\.csv:2: '\.\./a' leaves the videos folder"),
         ("path,action,split\na,b\n", r"t\.csv:2: split is ''"),
+        ("path,action,split,split2\na,b,train,test\n", r"t\.csv has a column 'split' and numbered ones: rename"),
         ("", r"t\.csv has no column 'path'"),
     ],
 )
