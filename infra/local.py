@@ -142,20 +142,30 @@ def _clear(service: Service, state: State) -> None:
 def _bring_up(service: Service, state: State, report: Progress, stop: threading.Event) -> None:
     began = time.monotonic()
     report(f"{service.name}: starting")
+    # Twice: on a very busy machine a server may run into a time limit of its own, and give up.
+    if not _starts(service, state, stop) and not stop.is_set():
+        report(f"{service.name}: ended while it started, starting it again")
+        if not _starts(service, state, stop):
+            raise _failure(service, state, "ended while it started, twice")
+    if not stop.is_set():
+        _finish(service, state)
+        report(f"{service.name}: ready after {time.monotonic() - began:.1f} s at {service.address(state)}")
+
+
+def _starts(service: Service, state: State, stop: threading.Event) -> bool:
+    """Starts the server and waits until it answers; False if it ends before, or if waiting has lost its purpose."""
     _clear(service, state)
     started = state.started[service.name]
     started.needs, started.is_finished = service.needs(state), False
     started.pid = start(service.program(state), state.mark(service), state.log(service))
     state.save()
-    while (problem := service.problem(state)) is not None:
-        if not is_running(started.pid, state.mark(service)):
-            raise _failure(service, state, "ended while it started")
-        if time.monotonic() - began > service.start_s:
+    deadline = time.monotonic() + service.start_s
+    while is_running(started.pid, state.mark(service)) and not stop.wait(0.05):
+        if (problem := service.problem(state)) is None:
+            return True
+        if time.monotonic() > deadline:
             raise _failure(service, state, f"does not answer after {service.start_s:.0f} s: {problem}")
-        if stop.wait(0.05):
-            return
-    _finish(service, state)
-    report(f"{service.name}: ready after {time.monotonic() - began:.1f} s at {service.address(state)}")
+    return False
 
 
 def _finish(service: Service, state: State) -> None:

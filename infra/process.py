@@ -97,6 +97,7 @@ def end(mark: str, pid: int | None, grace_s: float) -> None:
         for process in asked:
             with contextlib.suppress(*_GONE):
                 process.terminate()
+                process.resume()  # one that was suspended would not hear it
         # A first process that stops in good order ends the others itself.
         _wait(asked, patience_s)
         ours |= set(members(mark))

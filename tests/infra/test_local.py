@@ -289,7 +289,9 @@ def test_what_an_interrupted_up_left_undone_is_done_by_the_next(home: Path) -> N
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(home: Path) -> None:
     (home / "s3").mkdir()
     (home / "s3" / "filerldb2").write_text("in the way")
-    with pytest.raises(SiteError, match=r"(?s)the embedded s3 server ended while .*logs/s3\.log:\n.*weed/filer"):
+    with pytest.raises(
+        SiteError, match=r"(?s)the embedded s3 server ended while it started, twice.*logs/s3\.log:\n.*weed/filer"
+    ):
         local.up(services=["s3"])
     assert not named("s3").running
 
