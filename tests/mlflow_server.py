@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Ends the server's processes when its standard input ends: when told to, and when pytest is killed.
+_ENDER = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
+
 
 class MlflowServer:
     """A server process that a test may stop, freeze and start again over the same data."""
@@ -21,6 +24,7 @@ class MlflowServer:
             self._port: int = probe.getsockname()[1]
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._ender: subprocess.Popen[bytes] | None = None
         self.uri = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
@@ -33,6 +37,8 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self._folder
             )
+        watch = [sys.executable, "-I", "-S", "-c", _ENDER, str(self._process.pid)]
+        self._ender = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         for _ in range(600):
             assert self._process.poll() is None, (self._folder / "server.log").read_text()
             try:
@@ -45,8 +51,9 @@ class MlflowServer:
 
     def stop(self) -> None:
         """End the server's processes at once, as a crash would."""
-        self._signal(signal.SIGKILL)
         assert self._process is not None
+        assert self._ender is not None
+        self._ender.communicate()
         self._process.wait()
 
     def freeze(self) -> None:

@@ -232,10 +232,13 @@ def test_a_damaged_model_is_not_handed_out(shop: Shop, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_mlflow_itself_loads_a_registered_model(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_itself_loads_a_registered_model(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.register("a", 0.5)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", shop.server.uri)
     model = mlflow.pyfunc.load_model(f"models:/{shop.name}@best")
     assert model.predict(["x"]) == ["a"] * 5
     assert model.predict(["x"], params={"top": 2}) == ["a"] * 2
     assert model.metadata.signature.outputs.input_names() == ["video"]
+    source = shop.client.get_model_version(shop.name, "1").source
+    files = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path / "all"))).rglob("*.*")
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".py", ".yaml", ".txt"}
