@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from tavlad import figures
 
-LONG = "a long action name, of_many $words$ & <signs>"
+LONG = "a long action name, of_many $words_$ & <signs>"  # no formula, though it looks like one
 
 
 def names(num_actions: int) -> list[str]:
