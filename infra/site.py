@@ -28,7 +28,17 @@ _ACCESS_KEY = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 _SECRET_KEY = ("TAVLAD_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
 # Ray turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, unless it takes itself to be
 # on a system without clusters. The name is Ray's; the variable works, and is needed, on Linux.
-_RAY_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_RAY_ON_MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is the verb's
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # what cannot be told waits in the spool
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # seconds; uploads need them
+    "MLFLOW_UV_AUTO_DETECT": "false",  # or a uv project's files in the working folder would join the model
+}
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOOPBACK = "127.0.0.1,localhost"
 
 
@@ -104,9 +114,8 @@ def activate(site: Site) -> None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the token file
     os.environ.update(site.ray_environment())
     os.environ["MLFLOW_TRACKING_URI"] = site.mlflow_uri
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the verb's
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    for name, value in _MLFLOW.items():
+        os.environ.setdefault(name, value)
     os.environ.update(_without_proxy(os.environ))
 
 

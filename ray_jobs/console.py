@@ -13,6 +13,7 @@ import rich.progress
 import rich.table
 
 _SECONDS_BETWEEN_LINES = 10.0
+_COLUMNS_OF_A_FILE = 160
 
 Advance = Callable[[int, str], None]
 """Told how much is done, and a note such as the current accuracy."""
@@ -24,6 +25,8 @@ class Console:
     def __init__(self, *, json_output: bool = False) -> None:
         self._json_output = json_output
         self._console = rich.console.Console(stderr=json_output, highlight=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._console.width = _COLUMNS_OF_A_FILE
 
     def say(self, text: str) -> None:
         """One plain sentence."""

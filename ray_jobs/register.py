@@ -98,9 +98,9 @@ class RunRecords:
         metrics = {name: value for name, value in row.items() if name not in ("stage", "epoch")}
         self._stage(row["stage"]).log_metrics(metrics, step=row["epoch"])
 
-    def finish_stages(self) -> None:
-        """No more epochs come."""
-        for tracker in self._stages.values():
+    def finish(self) -> None:
+        """The training is done."""
+        for tracker in (*self._stages.values(), self.parent):
             tracker.finish()
 
     def _stage(self, number: int) -> Tracker:
@@ -149,7 +149,6 @@ def register_training(
             (directory / name).unlink()
         for row in history:
             records.log_epoch(row)
-        records.finish_stages()
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
         _draw_attention(site, plan, index, directory, Path(folder) / "attention.png")
@@ -171,7 +170,7 @@ def register_training(
                 accuracy=scores.top(1),
                 code=stage_code(Path(code)),
             )
-    records.parent.finish()
+    records.finish()
     moved = "now best" if model.is_best else "best stays where it is"
     console.say(f"  test top-1 {scores.top(1):.1%}; registered {model.name} version {model.version} ({moved})")
     return RegisteredRun(

@@ -40,7 +40,10 @@ def train(site: Site, recipe: Recipe, split: int, console: Console, *, register:
             console.say("  trained already: its last checkpoint is whole")
         else:
             _train(site, plan, index, records, console)
-        return register_training(site, plan, index, records, console) if register else None
+        if register:
+            return register_training(site, plan, index, records, console)
+        records.finish()
+        return None
 
 
 def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console) -> None:
