@@ -26,8 +26,6 @@ _KEYS = {  # key of a site file -> variable that overrides it
 _OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1"}
 _ACCESS_KEY = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
 _SECRET_KEY = ("TAVLAD_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
-# Ray turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, unless it takes itself to be
-# on a system without clusters. The name is Ray's; the variable works, and is needed, on Linux.
 _MLFLOW = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is the verb's
@@ -38,6 +36,8 @@ _MLFLOW = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # seconds; uploads need them
     "MLFLOW_UV_AUTO_DETECT": "false",  # or a uv project's files in the working folder would join the model
 }
+# Ray turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, unless it takes itself to be
+# on a system without clusters. The name is Ray's; the variable works, and is needed, on Linux.
 _RAY_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOOPBACK = "127.0.0.1,localhost"
 
