@@ -3,6 +3,7 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from shards.index import ClipPlace, load_index
 from shards.store import MissingObject, Store, StoreError
@@ -34,10 +35,9 @@ def verify(store: Store, num_threads: int = 8) -> list[Problem]:
     problems = [Problem(shard=shard, key="", what="is missing") for shard in absent]
     with ThreadPoolExecutor(num_threads) as pool:
         for start in range(0, len(clips), _CLIPS_AT_ONCE):
-            places = map(clips.place, range(start, min(start + _CLIPS_AT_ONCE, len(clips))))
-            checked = pool.map(
-                lambda place: _check(store, place), [place for place in places if place.shard in present]
-            )
+            rows = range(start, min(start + _CLIPS_AT_ONCE, len(clips)))
+            places = [place for place in map(clips.place, rows) if place.shard in present]
+            checked = pool.map(partial(_check, store), places)
             problems += [problem for problem in checked if problem is not None]
     return problems
 
