@@ -78,8 +78,8 @@ class Site:
     def worker_environment(self) -> dict[str, str]:
         """What a Ray worker needs in its environment so that `load_site(self.name)` gives this site there.
 
-        For `local` no secret is in it: the keys are read from the state folder. Other sites' S3 keys are in it, and
-        whoever may read the job on Ray's dashboard can read them there.
+        No secret is in it, since Ray's dashboard shows it: for `local` the keys are read from the state folder, and the
+        nodes of another site have its S3 keys in their own environment.
         """
         if self.state is not None:
             return {"TAVLAD_HOME": str(self.state)}
@@ -90,8 +90,6 @@ class Site:
             "TAVLAD_S3_REGION": self.s3.region,
             "TAVLAD_BUCKET": self.bucket,
             "TAVLAD_MLFLOW": self.mlflow_uri,
-            "TAVLAD_S3_ACCESS_KEY": self.s3.access_key,
-            "TAVLAD_S3_SECRET_KEY": self.s3.secret_key,
         }
 
     def ray_environment(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The `tavlad` command: one verb a function; every mistake of the user is one sentence and exit code 2."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,8 +37,8 @@ def _console() -> Console:
     return Console(json_output=_Settings.json_output)
 
 
-def _site() -> Site:
-    """The chosen site; the embedded one is started if it is not running.
+def _site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
+    """The chosen site; those of the embedded one's services that are needed are started if they are not running.
 
     To be called before any module that imports ray: Ray reads its authentication settings when it is imported.
     """
@@ -46,7 +47,7 @@ def _site() -> Site:
     else:
         from infra.local import up as start
 
-        site = start(progress=_console().say)
+        site = start(progress=_console().say, services=services)
     activate(site)
     return site
 
@@ -275,7 +276,7 @@ def predict(
 
     console = _console()
     # A directory needs no services.
-    tracking_uri = "" if Path(model).is_dir() else _site().mlflow_uri
+    tracking_uri = "" if Path(model).is_dir() else _site(["s3", "mlflow"]).mlflow_uri
     predictions, failures = predict_videos(tracking_uri, model, videos, top)
     rows = [[each.video, str(each.rank), each.action, f"{each.probability:.1%}"] for each in predictions]
     console.table(["video", "rank", "action", "probability"], rows)
