@@ -45,6 +45,7 @@ def test_different_paths_have_different_keys(paths: list[str]) -> None:
     key=st.text("abcXYZ_-%09", min_size=1, max_size=200),
     files=st.dictionaries(st.sampled_from(["json", "00.jpg", "01.jpg"]), st.binary(max_size=1500), min_size=1),
 )
+@example(key="k" * 150, files={"json": b"{}", "00.jpg": b"x" * 600})  # over 100 bytes: an extended header
 def test_members_are_read_by_tarfile_and_by_us_alike(key: str, files: dict[str, bytes]) -> None:
     members = tar_members(key, files)
     assert len(members) % 512 == 0
