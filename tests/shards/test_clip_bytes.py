@@ -60,6 +60,7 @@ def test_frames_come_after_the_facts_and_in_order() -> None:
     files = frame_files({"label": 3}, [bytes([index]) for index in range(25)])
     assert list(files) == ["json", *(f"{index:02}.jpg" for index in range(25))]
     assert json.loads(files["json"]) == {"label": 3}
+    assert list(frame_files({}, [b""] * 4))[1:] == ["00.jpg", "01.jpg", "02.jpg", "03.jpg"]
     assert list(frame_files({}, [b""] * 101))[1:3] == ["000.jpg", "001.jpg"]
 
 
