@@ -174,13 +174,13 @@ def pack_shard(plan: PackPlan, number: int, store: Store) -> ShardResult:
     return _result(number, rows, described, reused=False)
 
 
-def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rejected: int | None = None) -> Index:
+def finish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> Index:
     """Writes rejected.parquet, then index.parquet: from then on the set exists.
 
-    Raises ValueError if no video could be packed, or more than `max_rejected` could not (rejected.parquet then says
-    which, and the packed shards are kept), or if another job has finished another set here meanwhile.
+    Raises ValueError if no video could be packed (rejected.parquet then says why), or if another job has finished
+    another set here meanwhile.
     """
-    index = finished_set(plan, store) or _publish(plan, results, store, max_rejected)
+    index = finished_set(plan, store) or _publish(plan, results, store)
     for path in store.list(_PARTS):
         store.delete(path)
     return index
@@ -191,7 +191,7 @@ def shard_path(number: int) -> str:
     return f"{_SHARDS}{number:06d}.tar"
 
 
-def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_rejected: int | None) -> Index:
+def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> Index:
     results = sorted(results, key=lambda result: result.number)
     assert [result.number for result in results] == list(range(len(plan.shards))), "one result a shard"
     _check_shards(plan, results, store)
@@ -200,12 +200,11 @@ def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store, max_r
     table = pa.Table.from_arrays(columns, schema=REJECTED_SCHEMA)
     store.write(REJECTED_PATH, table_bytes(table, {"plan": plan.fingerprint}))
     rows = pa.concat_tables([result.rows for result in results])
-    allowed = len(rejected) if max_rejected is None else max_rejected
-    if not rows.num_rows or len(rejected) > allowed:
+    if not rows.num_rows:
         path, reason = rejected[0]
         raise ValueError(
-            f"{len(rejected)} of {len(rejected) + rows.num_rows} videos cannot be packed, which is more than allowed; "
-            f"repair or remove them, all are in {store.uri}/{REJECTED_PATH}; the first, {path}: {reason}"
+            f"none of the {len(rejected)} videos can be packed; the reasons are in {store.uri}/{REJECTED_PATH}, "
+            f"that of the first, {path}: {reason}"
         )
     index = make_index(
         name=plan.name,
