@@ -2,6 +2,7 @@
 
 The three steps know nothing of the cluster that runs them. A shard's bytes are a function of the plan, so a shard
 packed twice, or by a task that was thought dead, is the same shard; a restarted job finds the parts that are done.
+The steps stand in one long file because each relies on what the one before has written, and in which order.
 """
 
 import dataclasses
