@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import locate_set
+from ray_jobs.plan import locate_set, read_uri
 from ray_jobs.recipe import Recipe
 from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
@@ -46,20 +47,15 @@ def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> C
 
 def load_codebook(uri: str, site: Site) -> torch.Tensor:
     """The centres (K, D) of a codebook."""
-    folder, _, name = uri.rpartition("/")
-    return safetensors.torch.load(open_store(folder, site.s3).read(name))[_CENTRES]
+    return safetensors.torch.load(read_uri(site, uri))[_CENTRES]
 
 
 def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVlad, str]:
     """The recipe's model with its trunk's weights, before any codebook; and the provenance of these weights."""
 
-    def read_object(uri: str) -> bytes:
-        folder, _, name = uri.rpartition("/")
-        return open_store(folder, site.s3).read(name)
-
     torch.manual_seed(recipe.training.seed)
     model = TaVlad(recipe.model, num_actions)
-    provenance = load_weights(model.trunk, recipe.model.trunk, recipe.model.weights, read_object)
+    provenance = load_weights(model.trunk, recipe.model.trunk, recipe.model.weights, partial(read_uri, site))
     if model.attention_trunk is not None:
         model.attention_trunk.load_state_dict(model.trunk.state_dict())
     return model, provenance

@@ -1,5 +1,6 @@
 """What a training is, before any of it runs: its recipe, its set, its split, and the name that follows from them."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,18 @@ class TrainingPlan:
         return Checkpoints(open_store(f"{self.uri}/checkpoints", site.s3))
 
 
+def read_uri(site: Site, uri: str) -> bytes:
+    """The object at an s3:// URI or a path."""
+    folder, _, name = uri.rpartition("/")
+    return open_store(folder, site.s3).read(name)
+
+
+def _digest_of_weights(site: Site, recipe: Recipe) -> str:
+    """What a file of trunk weights holds: a file that changed under its name makes another training."""
+    source = recipe.model.weights
+    return source if source in ("imagenet", "none") else hashlib.sha256(read_uri(site, source)).hexdigest()
+
+
 def locate_set(site: Site, dataset: str) -> str:
     """The URI of a packed set given by name, s3:// URI or folder."""
     return dataset if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
@@ -63,7 +76,9 @@ def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan,
         index.clips(split, part)  # refuses a part without clips
     if recipe.stage1.epochs + recipe.stage2.epochs == 0:
         raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
-    fingerprint = recipe.fingerprint(set=index.fingerprint, split=split, format=_RESULT_FORMAT)
+    fingerprint = recipe.fingerprint(
+        set=index.fingerprint, split=split, weights=_digest_of_weights(site, recipe), format=_RESULT_FORMAT
+    )
     name = f"{index.name}-split{split}-{recipe.model.variant}-{fingerprint[:10]}"
     plan = TrainingPlan(
         site_name=site.name,

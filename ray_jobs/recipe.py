@@ -80,6 +80,9 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
         _apply(values, change)
     if dataset is not None:
         values["dataset"] = dataset
+    model = values.get("model")
+    if isinstance(model, dict) and _is_local_file(model.get("weights")):
+        model["weights"] = str(Path(model["weights"]).absolute())  # workers run in folders of their own
     if "dataset" not in values:
         raise ValueError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
     try:
@@ -102,6 +105,10 @@ def _find(name: str) -> Path:
     if name not in known_recipes():
         raise ValueError(f"no recipe is named {name}: give a TOML file or one of {', '.join(known_recipes())}")
     return RECIPES / f"{name}.toml"
+
+
+def _is_local_file(weights: Any) -> bool:
+    return isinstance(weights, str) and weights not in ("imagenet", "none") and "://" not in weights
 
 
 def known_recipes() -> list[str]:

@@ -16,7 +16,8 @@ def class_activation(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Lin
     with torch.no_grad():
         scores_BTC = nn.functional.linear(features_BTND.mean(dim=2), weight_CD, classifier.bias)
         winner_BT = scores_BTC.argmax(dim=-1)
-    return torch.einsum("btnd,btd->btn", features_BTND, weight_CD[winner_BT])
+    winning_BTD = nn.functional.embedding(winner_BT, weight_CD)  # its gradient is summed in a fixed order
+    return torch.einsum("btnd,btd->btn", features_BTND, winning_BTD)
 
 
 def top_down_attention(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear) -> Float[Tensor, "B T N"]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import safetensors
 import safetensors.torch
@@ -22,8 +22,6 @@ from torch.nn import functional
 from torchvision.models import resnet
 
 from tavlad.efficientnet_lite import HEAD_WIDTH, STEM_WIDTH, SameConv2d, batch_norm, build_blocks, build_classifier
-
-Trunk = Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"]
 
 _TORCHVISION_URLS = {
     "resnet18": resnet.ResNet18_Weights.IMAGENET1K_V1.url,

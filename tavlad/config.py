@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 Config = TypeVar("Config")
 
+Trunk = Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"]
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -18,7 +20,7 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
-    trunk: Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"] = "resnet34"
+    trunk: Trunk = "resnet34"
     """The frame network, an ImageNet classifier with global average pooling and one linear layer."""
     weights: str = "imagenet"
     """Its weights: "imagenet", "none" (random, from the seed), a path or an s3:// URI."""
@@ -26,8 +28,8 @@ class ModelConfig:
     """Top-down attention: none; from the trunk itself; or from a second, never fine-tuned copy of the trunk."""
     temporal: Literal["sum", "gru"] = "gru"
     """How the frames' VLADs become one: their sum (ActionVLAD) or the last state of K GRUs with shared weights."""
-    descriptor: Literal["pre_relu", "post_relu"] = "post_relu"
-    """Which side of the last ReLU the descriptors come from; the attention always uses the map after it."""
+    descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
+    """Side of the last ReLU the descriptors come from (ActionVLAD: before); the attention uses the map after it."""
     num_clusters: int = 64
     """K, the visual words of the codebook."""
     gru_width: int = 256
@@ -76,7 +78,7 @@ class TrainingConfig:
     seed: int = 0
     """Fixes the codebook, the initial weights, the order, the augmentation and the dropout."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """Of the trunk and the GRU (autocast); soft assignment and VLAD are computed in float32 always."""
+    """Of the trunk, and of the GRU in training (autocast); assignment and VLAD are computed in float32 always."""
     crop: int = 224
     """Side of the square the trunk sees, in pixels."""
     augment: bool = True

@@ -70,7 +70,14 @@ class TaVlad(nn.Module):
     def classify(self, maps: FrameMaps) -> Float[Tensor, "B A"]:
         """Logits from the trunk's maps (steps 4-7)."""
         vlad_BTKD = self.vlad(maps.descriptors_BTND, maps.attention_BTN)
-        clip_BKU = sum_over_time(vlad_BTKD) if self.gru is None else last_states(vlad_BTKD, self.gru)
+        if self.gru is None:
+            clip_BKU = sum_over_time(vlad_BTKD)
+        else:
+            # In bf16 a state depends on how many clips are computed at once; scores must not.
+            device = vlad_BTKD.device.type
+            in_bf16 = self.training and torch.is_autocast_enabled(device)
+            with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=in_bf16):
+                clip_BKU = last_states(vlad_BTKD, self.gru)
         clip_BKU = normalize(clip_BKU.to(self.vlad.weight.dtype), dim=-1, eps=1e-12)  # intra-normalisation
         video = normalize(clip_BKU.flatten(1), dim=-1, eps=1e-12)
         with torch.autocast(video.device.type, enabled=False):
