@@ -61,7 +61,7 @@ def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVla
     return model, provenance
 
 
-@ray.remote
+@ray.remote(max_calls=1)  # its process ends, and gives the memory of the model and of k-means back
 def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     site = load_site(site_name)
     store = open_store(locate_set(site, recipe.dataset), site.s3)

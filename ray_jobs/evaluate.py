@@ -42,7 +42,7 @@ def evaluate_model(
     return result_of(task.remote(site.name, model, dataset, split, part))
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, max_calls=1)  # its process ends, and gives the model's memory back
 def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal["train", "test"]) -> Evaluation:
     site = load_site(site_name)
     with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
