@@ -32,6 +32,8 @@ SHORT_SIDE = 128
 CLIPS_PER_ACTION = 36
 VARIANTS = {"gru": ["model.temporal=gru"], "sum": ["model.temporal=sum"]}
 """What is compared: the same recipe with one field changed."""
+_STEPS_AN_EPOCH = 12
+"""Of the rendered set, whose epochs the recipe gives."""
 _SPLIT = 1
 _SHOWN_VIDEOS = 4
 
@@ -75,10 +77,11 @@ def run_demo(site: Site, folder: Path | None, workers: int, console: Console) ->
         packed = pack(site, data.videos, locate_set(site, data.name), options, console)
     connect(site)
     resources = [f"resources.workers={workers}", f"resources.cpus_per_worker={num_cpus() / workers}"]
+    schedule = _schedule(len(packed.index.clips(_SPLIT, "train")))
     runs: list[RegisteredRun] = []
     for variant, changes in VARIANTS.items():
         with clock.step(f"training, temporal = {variant}"):
-            recipe = load_recipe("demo", [*changes, *resources], data.name)
+            recipe = load_recipe("demo", [*changes, *schedule, *resources], data.name)
             run = train(site, recipe, _SPLIT, console)
             assert run is not None, "training registers"
             runs.append(run)
@@ -117,6 +120,19 @@ def _own_videos(folder: Path) -> _Data:
     # "my_set/videos" is a common way to lay a set out; "videos" would be no name for it.
     name = folder.parent.name if folder.name in ("videos", "clips") else folder.name
     return _Data(name=name, videos=scan(name, folder, "folders"), pairs=())
+
+
+def _schedule(num_clips: int) -> list[str]:
+    """The demo's epochs for a set of this size: small sets get more, so that the number of steps stays about the same."""
+    recipe = load_recipe("demo", dataset="any")
+    steps_an_epoch = -(-num_clips // recipe.training.batch_size)
+    more = max(1, round(_STEPS_AN_EPOCH / steps_an_epoch))
+    return [
+        f"stage1.epochs={more * recipe.stage1.epochs}",
+        f"stage1.decay_every={more * recipe.stage1.decay_every}",
+        f"stage2.epochs={more * recipe.stage2.epochs}",
+        f"training.evaluate_every={more * recipe.training.evaluate_every}",
+    ]
 
 
 def _predict(site: Site, data: _Data, packed: Packed, model: str, console: Console) -> list[Filmstrip]:
