@@ -123,7 +123,7 @@ def _own_videos(folder: Path) -> _Data:
 
 
 def _schedule(num_clips: int) -> list[str]:
-    """The demo's epochs for a set of this size: small sets get more, so that the number of steps stays about the same."""
+    """The epochs for a set of this size: small sets get more, so that the number of steps stays about the same."""
     recipe = load_recipe("demo", dataset="any")
     steps_an_epoch = -(-num_clips // recipe.training.batch_size)
     more = max(1, round(_STEPS_AN_EPOCH / steps_an_epoch))
