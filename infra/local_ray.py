@@ -4,6 +4,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 from infra.process import Program
@@ -85,6 +86,8 @@ def _program(state: State) -> Program:
         "AUTOSCALER_METRIC_PORT": ports["autoscaler_metrics"],
         "DASHBOARD_METRIC_PORT": ports["dashboard_metrics"],
         "TAVLAD_HOME": str(state.folder),  # so that `load_site("local")` works in every worker
+        # So that a submitted job's `python` is this one.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
     }
     return Program(command=command, environment=environment, folder=state.folder)
 

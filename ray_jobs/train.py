@@ -4,6 +4,13 @@
 """
 
 import sys
+
+if __name__ == "__main__":
+    from ray_jobs.cli import main
+
+    main(["train", *sys.argv[1:]])
+    sys.exit()
+
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
@@ -155,9 +162,3 @@ class _Follower:
             bar = self._console.progress(f"stage {stage} steps", total)
             bars[stage] = (bar, bar.__enter__())
         bars[stage][1](done, self._note)
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import main
-
-    main(["train", *sys.argv[1:]])

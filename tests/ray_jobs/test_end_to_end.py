@@ -124,6 +124,22 @@ print(json.dumps([by_path.to_dict("records"), by_frames.to_dict("records")]))
     ]
 
 
+def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site, packed: dict[str, Any]) -> None:
+    root = Path(__file__).parents[2]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", local_site.ray_dashboard]
+    verb = ["python", "-m", "ray_jobs.train", "demo", "--dataset", "real", "--split", "2", *_SHORT]
+    done = subprocess.run(
+        [*submit, "--working-dir", str(root), "--", *verb],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | local_site.ray_environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "registered tavlad-real-split2 version 1 (now best)" in done.stdout
+
+
 def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(
     local_site: Site, packed: dict[str, Any]
 ) -> None:
