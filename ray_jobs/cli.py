@@ -299,6 +299,9 @@ def demo(
     videos: Annotated[
         Path | None, typer.Option(help="A folder per action of videos (instead of rendered ones).")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the set made of --videos (instead of the folder's).")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Training workers (DDP ranks).")] = 1,
 ) -> None:
     """Everything once: videos, packing, training of two models, registration, prediction, a report.
@@ -312,7 +315,7 @@ def demo(
     site, console = _site(), _console()
     from ray_jobs.demo import run_demo
 
-    console.result(run_demo(site, videos, workers, console))
+    console.result(run_demo(site, videos, name, workers, console))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from shards.pack import PackOptions
 from shards.render import render_videos
 from shards.scenes import PAIRS
 from shards.video import decode_clip
+from tavlad.registry import registered_models
 
 NUM_FRAMES = 16
 SHORT_SIDE = 128
@@ -65,13 +66,13 @@ class _Clock:
         return time.monotonic() - self._started
 
 
-def run_demo(site: Site, folder: Path | None, workers: int, console: Console) -> dict[str, Any]:
+def run_demo(site: Site, folder: Path | None, name: str | None, workers: int, console: Console) -> dict[str, Any]:
     """Videos, packing, two trainings, registration, prediction in a fresh process, a report; returns the summary."""
     if site.state is None:
         raise ValueError("the demo runs on this machine alone: leave --site out")
     clock = _Clock()
     with clock.step("videos"):
-        data = _own_videos(folder) if folder is not None else _rendered_videos(site.state, console)
+        data = _own_videos(folder, name) if folder is not None else _rendered_videos(site.state, console)
     with clock.step("packing"):
         options = PackOptions(num_frames=NUM_FRAMES, short_side=SHORT_SIDE)
         packed = pack(site, data.videos, locate_set(site, data.name), options, console)
@@ -87,6 +88,9 @@ def run_demo(site: Site, folder: Path | None, workers: int, console: Console) ->
             runs.append(run)
     with clock.step("prediction"):
         strips = _predict(site, data, packed, runs[0].model.name, console)
+    # Asked for at the end: a later run may have taken the alias from an earlier one.
+    best = {(row.name, row.version) for row in registered_models(site.mlflow_uri) if row.is_best}
+    runs = [replace(run, model=replace(run.model, is_best=(run.model.name, run.model.version) in best)) for run in runs]
     report = _report(site, data, packed, runs, clock.steps, strips)
     path = site.state / "reports" / f"{data.name}.html"
     write_report(path, report)
@@ -115,10 +119,10 @@ def _rendered_videos(state: Path, console: Console) -> _Data:
     return _Data(name="demo", videos=scan("demo", folder, "table", folder / "videos.csv"), pairs=PAIRS)
 
 
-def _own_videos(folder: Path) -> _Data:
+def _own_videos(folder: Path, name: str | None) -> _Data:
     folder = folder.resolve()
     # "my_set/videos" is a common way to lay a set out; "videos" would be no name for it.
-    name = folder.parent.name if folder.name in ("videos", "clips") else folder.name
+    name = name or (folder.parent.name if folder.name in ("videos", "clips") else folder.name)
     return _Data(name=name, videos=scan(name, folder, "folders"), pairs=())
 
 
@@ -184,7 +188,7 @@ def _report(
             split=run.plan.split,
             name=run.model.name,
             version=str(run.model.version),
-            is_best=run.model.version == max(runs, key=lambda each: each.scores.top(1)).model.version,
+            is_best=run.model.is_best,
             test_top1=run.scores.top(1),
             test_mean_class=run.scores.mean_class,
             within_pair_top1=within_pairs(run, actions, data.pairs),

@@ -46,7 +46,7 @@ class RegisteredRun:
     run_url: str
 
     def document(self) -> dict[str, Any]:
-        """What a script reads."""
+        """What a script reads; the alias is that of the moment of registration."""
         return {
             "name": self.model.name,
             "version": self.model.version,
@@ -69,6 +69,7 @@ class RunRecords:
             "split": str(plan.split),
             "variant": plan.recipe.model.variant,
             "fingerprint": plan.dataset_fingerprint,
+            "recipe": plan.recipe.fingerprint(),
             "git": _git_commit(),
         }
         self._spec = RunSpec(

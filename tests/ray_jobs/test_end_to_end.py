@@ -83,18 +83,37 @@ def _names_of_runs(site: Site) -> set[str]:
     return {path.split("/")[0] for path in _runs(site).list()}
 
 
+_TRAIN = ["train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training by two workers, undisturbed and registered."""
+
+    document: dict[str, Any]
+    run: str
+    weights: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def trained(local_site: Site, packed: dict[str, Any]) -> Trained:
+    before = _names_of_runs(local_site)
+    document = tavlad("--json", *_TRAIN).document
+    (run,) = _names_of_runs(local_site) - before
+    return Trained(document, run, _final_weights(local_site, run))
+
+
 def test_real_clips_end_as_a_registered_model_that_predicts_without_our_code_installed(
-    local_site: Site, packed: dict[str, Any], real_videos: Path, tmp_path: Path
+    local_site: Site, packed: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
 ) -> None:
     assert packed["clips"] == 27
     assert packed["rejected"] == []
-    trained = tavlad("--json", "train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2").document
-    assert (trained["name"], trained["alias"], trained["split"]) == ("tavlad-real-split1", "best", 1)
-    again = tavlad("--json", "train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2").document
-    assert again == trained, "a training that is done is found, not repeated"
+    document = trained.document
+    assert (document["name"], document["alias"], document["split"]) == ("tavlad-real-split1", "best", 1)
+    assert tavlad("--json", *_TRAIN).document == document, "a training that is done is found, not repeated"
 
     scored = tavlad("--json", "evaluate", "tavlad-real-split1@best", "--dataset", "real").document
-    assert scored["test/top1"] == pytest.approx(trained["test_top1"])
+    assert scored["test/top1"] == pytest.approx(document["test_top1"])
 
     video = str(real_videos / "videos" / "bend" / "daria_bend.avi")
     program = f"""
@@ -141,13 +160,9 @@ def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site
 
 
 def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(
-    local_site: Site, packed: dict[str, Any]
+    local_site: Site, trained: Trained
 ) -> None:
-    command = ["train", "demo", "--dataset", "real", *_SHORT, "--set", "training.seed=1", "--no-register"]
-    before = _names_of_runs(local_site)
-    assert tavlad(*command).code == 0
-    (run,) = _names_of_runs(local_site) - before
-    undisturbed = _final_weights(local_site, run)
+    command, run = [*_TRAIN, "--no-register"], trained.run
     for path in _runs(local_site).list(f"{run}/"):
         _runs(local_site).delete(f"{path}")
 
@@ -166,8 +181,8 @@ def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturb
     assert resumed.code == 0, resumed.err
     assert "going on from checkpoint stage" in resumed.out
     weights = _final_weights(local_site, run)
-    assert weights.keys() == undisturbed.keys()
-    assert all(np.array_equal(weights[name], undisturbed[name]) for name in weights)
+    assert weights.keys() == trained.weights.keys()
+    assert all(np.array_equal(weights[name], trained.weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +247,24 @@ def test_corrupt_and_missing_videos_are_rejected_rows_and_the_exit_code_says_so(
     assert row["path"] == "bend/torn.avi"
     assert "truncated" in row["reason"]
     assert tavlad(*command, "--max-rejected", "1").code == 0
+
+
+def test_flipped_byte_stops_the_training_with_the_clips_name(local_site: Site, packed: dict[str, Any]) -> None:
+    store = open_store(local_site.dataset_uri("real"), local_site.s3)
+    recipe = ["demo", "--dataset", "real", *_SHORT, "--set", "training.seed=3"]
+    assert tavlad("codebook", *recipe).code == 0  # so that it is the training's workers who read the damage
+    shards = {path: store.read(path) for path in store.list("shards/")}
+    try:
+        for path, content in shards.items():
+            middle = len(content) // 2
+            store.write(path, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        said = tavlad("train", *recipe, "--no-register")
+    finally:
+        for path, content in shards.items():
+            store.write(path, content)
+    assert said.code == 2, said.out + said.err
+    assert "Traceback" not in said.out + said.err
+    assert re.search(r"error: clip \S+ in s3://tavlad/datasets/real/shards/\d+\.tar is not what was packed", said.err)
 
 
 def test_set_whose_packing_was_killed_is_not_used_and_can_be_finished(local_site: Site, real_videos: Path) -> None:
