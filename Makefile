@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast check format install lock clean help
+.PHONY: demo test test-fast chaos check format install lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,11 +12,14 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## render videos (or VIDEOS=DIR), pack, train, register, predict, report
 	@$(BIN)/tavlad demo $(if $(VIDEOS),--videos "$(VIDEOS)")
 
-test: $(INSTALLED)  ## the whole suite
-	@$(BIN)/python -m pytest
+test: $(INSTALLED)  ## the whole suite but chaos
+	@$(BIN)/python -m pytest -m "not chaos"
 
 test-fast: $(INSTALLED)  ## the suite without the slow tests
 	@$(BIN)/python -m pytest -m "not slow"
+
+chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing is lost
+	@$(BIN)/python -m pytest -m chaos
 
 check: $(INSTALLED)  ## lint, format, types, import directions
 	$(BIN)/ruff check .
