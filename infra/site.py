@@ -75,6 +75,11 @@ class Site:
         """Where k-means centres are kept."""
         return f"s3://{self.bucket}/codebooks"
 
+    @property
+    def features_uri(self) -> str:
+        """Where feature sets are kept."""
+        return f"s3://{self.bucket}/features"
+
     def worker_environment(self) -> dict[str, str]:
         """What a Ray worker needs in its environment so that `load_site(self.name)` gives this site there.
 

@@ -1,5 +1,6 @@
 """The `tavlad` command: one verb a function; every mistake of the user is one sentence and exit code 2."""
 
+import dataclasses
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -190,6 +191,33 @@ def codebook(
 
     made = make_codebook(site, loaded, split, console)
     console.result({"uri": made.uri, "made": not made.was_there})
+
+
+@app.command()
+def features(
+    recipe: RecipeArgument,
+    split: SplitOption = 1,
+    views: Annotated[
+        int | None, typer.Option(min=1, max=40, help="Views of a training clip (instead of training.num_views).")
+    ] = None,
+    dataset: DatasetOption = None,
+    change: SetOption = None,
+) -> None:
+    """Compute a frozen trunk's features of every view once, for all trainings and sweeps that follow.
+
+    A training that finds them does not run the trunk in its first stage; one that does not writes what it computes.
+
+    Example: `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 8`
+    """
+    from ray_jobs.recipe import load_recipe
+
+    loaded = load_recipe(recipe, change, dataset)
+    site, console = _site(), _console()
+    from ray_jobs.features import fill_features
+
+    filled = fill_features(site, loaded, split, views, console)
+    console.say(f"  {filled.num_entries} clip views, {filled.num_bytes / 1e9:.2f} GB, at {filled.uri}")
+    console.result(dataclasses.asdict(filled))
 
 
 @app.command()

@@ -1,11 +1,13 @@
 """tavlad codebook: the K visual words of a set's split, made once and found again by what they are."""
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 import safetensors.torch
 import torch
@@ -19,7 +21,7 @@ from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, open_store
 from tavlad.backbone import load_weights
-from tavlad.codebook import find_centres, sample_descriptors
+from tavlad.codebook import descriptors_of, find_centres, sample_maps
 from tavlad.model import TaVlad
 
 _CENTRES = "centres"
@@ -72,13 +74,20 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     uri = f"{site.codebooks_uri}/{name}"
     if codebooks.exists(name):
         return Codebook(uri=uri, trunk_weights=provenance, was_there=True)
-    centres_KD = _cluster(model, recipe, split, index, store)
+    sample_name = f"samples/{_fingerprint(recipe, split, index, provenance, of_sample=True)}.npy"
+    if codebooks.exists(sample_name):
+        maps = np.load(io.BytesIO(codebooks.read(sample_name)), allow_pickle=False)
+    else:
+        maps = _sample(model, recipe, split, index, store)
+        codebooks.write_if_absent(sample_name, _npy(maps))
+    centres_KD = find_centres(descriptors_of(maps), recipe.model.num_clusters, recipe.training.seed)
     # Two at once make the same bytes; whichever is first is kept.
     codebooks.write_if_absent(name, safetensors.torch.save({_CENTRES: centres_KD}))
     return Codebook(uri=uri, trunk_weights=provenance, was_there=False)
 
 
-def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> torch.Tensor:
+def _sample(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> "np.ndarray[Any, Any]":
+    """The trunk's maps of random frames, the same for every K: stored, so that a sweep asks the trunk once."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = LoaderOptions(
         batch_size=recipe.training.batch_size,
@@ -89,19 +98,25 @@ def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Sto
         num_threads=recipe.resources.loader_threads,
     )
     loader = ClipLoader(index, store, split, "train", options)
-    descriptors = sample_descriptors(
-        model.to(device), loader.epoch(0), recipe.codebook, recipe.training.seed, recipe.training.precision
-    )
-    return find_centres(descriptors, recipe.model.num_clusters, recipe.training.seed)
+    training = recipe.training
+    maps = sample_maps(model.to(device), loader.epoch(0), recipe.codebook, training.seed, training.precision)
+    return maps.astype(recipe.features.dtype)
 
 
-def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str) -> str:
+def _npy(values: "np.ndarray[Any, Any]") -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str, *, of_sample: bool = False) -> str:
     facts: dict[str, Any] = {
         "set": index.fingerprint,
         "split": split,
         "trunk": provenance,
         "descriptor": recipe.model.descriptor,
-        "clusters": recipe.model.num_clusters,
+        "clusters": 0 if of_sample else recipe.model.num_clusters,
+        "dtype": recipe.features.dtype,
         "frames": recipe.codebook.frames,
         "frames_per_video": recipe.codebook.frames_per_video,
         "crop": recipe.training.crop,

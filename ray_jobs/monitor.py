@@ -15,6 +15,13 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    """Something for the user to know, such as a decision."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stepped:
     """Steps done and to do in one stage."""
 
@@ -37,7 +44,7 @@ class UserError:
     text: str
 
 
-News = Started | Stepped | EpochDone | UserError
+News = Started | Said | Stepped | EpochDone | UserError
 
 
 class _Monitor:

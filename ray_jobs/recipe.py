@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tavlad.config import STAGE1, STAGE2, CodebookConfig, ModelConfig, StageConfig, TrainingConfig, parse
+from tavlad.config import STAGE1, STAGE2, CodebookConfig, FeatureConfig, ModelConfig, StageConfig, TrainingConfig, parse
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -50,6 +50,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
     stage1: StageConfig = STAGE1
     stage2: StageConfig = STAGE2
     resources: ResourceConfig = field(default_factory=ResourceConfig)
@@ -61,6 +62,7 @@ class Recipe:
     def fingerprint(self, **facts: str | int) -> str:
         """Names what will be computed: the same recipe and facts (set, split) give the same 64 hex digits."""
         decisive = {name: value for name, value in self.flat().items() if not name.startswith("resources.")}
+        del decisive["features.budget_gigabytes"]
         del decisive["dataset"]  # the set's own fingerprint, among the facts, says which
         text = json.dumps(decisive | facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -22,7 +22,7 @@ from infra.site import Site
 from ray_jobs.cluster import connect
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
-from ray_jobs.monitor import EpochDone, Monitor, News, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Monitor, News, Said, Started, Stepped, UserError
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun, RunRecords, register_training
@@ -143,6 +143,8 @@ class _Follower:
                     self._console.say(f"  going on from checkpoint {resumed_from}")
                 for row in history:
                     self._records.log_epoch(row)
+            case Said(text=text):
+                self._console.say(f"  {text}")
             case Stepped(stage=stage, done=done, total=total):
                 self._advance(bars, stage, done, total)
             case EpochDone(row=row):

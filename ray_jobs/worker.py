@@ -13,12 +13,16 @@ import ray.train.torch
 
 from infra.site import Site, load_site
 from ray_jobs.codebook import build_untrained, load_codebook
-from ray_jobs.monitor import EpochDone, Monitor, Started, Stepped, UserError
+from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.features import Extractor, decide_once, feature_set
+from ray_jobs.monitor import EpochDone, Monitor, Said, Started, Stepped, UserError
 from ray_jobs.plan import TrainingPlan, checkpoint_name
+from shards.features import FeatureSet
 from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import open_store
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_checkpoint
+from tavlad.config import StageConfig
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import World
@@ -68,12 +72,9 @@ class _Trainer:
         store = open_store(self._plan.dataset_uri, self._site.s3)
         index = load_index(store)
         model, resume = self._model(index)
-        train = ClipLoader(
-            index, store, self._plan.split, "train", self._loader(training=True), self._world.rank, self._world.size
-        )
-        test = ClipLoader(
-            index, store, self._plan.split, "test", self._loader(training=False), self._world.rank, self._world.size
-        )
+        split, rank, size = self._plan.split, self._world.rank, self._world.size
+        train = ClipLoader(index, store, split, "train", self._loader(training=True), rank, size)
+        test = ClipLoader(index, store, split, "test", self._loader(training=False), rank, size)
         for number, stage in self._plan.stages:
             if resume is not None and number < resume.stage:
                 continue
@@ -83,7 +84,38 @@ class _Trainer:
                 on_step=lambda done, total, number=number: self._end_step(number, done, total),
             )
             state = resume if resume is not None and resume.stage == number else None
-            fit(model, plan, train, test, listeners, state, self._world)
+            features = self._features(model, index, stage, train, test)
+            if features is None:
+                fit(model, plan, train, test, listeners, state, self._world)
+            else:
+                extract = self._extractor(model)
+                fit(
+                    model,
+                    plan,
+                    FeatureBatches(train, features, split, extract),
+                    FeatureBatches(test, features, split, extract),
+                    listeners,
+                    state,
+                    self._world,
+                )
+
+    def _extractor(self, model: TaVlad) -> Extractor:
+        return Extractor(model, self._world.device, self._recipe.training.precision)
+
+    def _features(
+        self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
+    ) -> FeatureSet | None:
+        """The feature set that a stage learns from; None if it learns from frames. Decided once for a training."""
+        if stage.features == "never":
+            return None
+        features = feature_set(self._site, self._recipe, index, model, str(self._card.provenance["trunk_weights"]))
+        use = None
+        if self._world.rank == 0:
+            use = decide_once(self._site, self._plan, stage, features, self._extractor(model), train, test)
+            self._monitor.tell(Said(text=f"training {use.reason}"))
+        (use, *_) = self._world.gather(use)
+        assert use is not None
+        return features if use.use_features else None
 
     def _model(self, index: Index) -> tuple[TaVlad, TrainState | None]:
         """The model as the newest checkpoint has it, or as training begins."""
@@ -109,6 +141,7 @@ class _Trainer:
             seed=settings.seed,
             crop=settings.crop,
             augment=training and settings.augment,
+            num_views=settings.num_views,
             shuffle=training,
             num_threads=resources.loader_threads,
             prefetch_batches=resources.prefetch_batches,

@@ -76,6 +76,10 @@ class ClipTable:
         """Where the clip of this row lies."""
         return ClipPlace(*(self.table[name][row].as_py() for name in ClipPlace._fields))
 
+    def key(self, row: int) -> str:
+        """Key of the clip of this row."""
+        return self.table["key"][row].as_py()
+
     def keys(self, rows: Sequence[int] | Int64[np.ndarray, " N"] | None = None) -> list[str]:
         """Keys of these rows, or of all."""
         column = self.table["key"]
@@ -105,8 +109,10 @@ class Index:
     clips_table: ClipTable
     """All clips, in the order of the shards."""
 
-    def clips(self, split: int, part: Literal["train", "test"]) -> ClipTable:
-        """The clips of one part of split 1, 2 or 3, in the order of the shards."""
+    def clips(self, split: int, part: Literal["train", "test", "all"]) -> ClipTable:
+        """The clips of one part of split 1, 2 or 3, or all of the set, in the order of the shards."""
+        if part == "all":
+            return self.clips_table
         if split not in range(1, NUM_SPLITS + 1):
             raise ValueError(f"there is no split {split}: a set has splits 1, 2 and 3")
         assert part in ("train", "test"), part

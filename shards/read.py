@@ -21,7 +21,7 @@ from shards.clip_bytes import decode_jpeg, read_tar_members
 from shards.index import ClipPlace, Index
 from shards.order import batch_slice, epoch_order, num_steps
 from shards.store import MissingObject, Store, StoreError
-from shards.transforms import crop_clip, draw_view
+from shards.transforms import VIEWS, View, crop_clip, draw_view
 from tavlad.clip import BadClip, ClipBatch
 
 
@@ -37,6 +37,8 @@ class LoaderOptions:
     """Side in pixels of the frames given out."""
     augment: bool
     """Each clip in a view drawn for the epoch, or all in the centre view."""
+    num_views: int = 40
+    """Views of a clip that the drawn one is among: the first of its own order of the forty."""
     shuffle: bool
     """A new permutation every epoch, or the index's order."""
     num_threads: int = 2
@@ -50,6 +52,8 @@ class LoaderOptions:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):
             if getattr(self, field) < low:
                 raise ValueError(f"{field} is {getattr(self, field)}: choose {low} or more")
+        if not 1 <= self.num_views <= len(VIEWS):
+            raise ValueError(f"num_views is {self.num_views}: choose 1 to {len(VIEWS)}")
         if self.cache_megabytes < 0:
             raise ValueError(f"cache_megabytes is {self.cache_megabytes}: choose 0 (no cache) or more")
 
@@ -62,7 +66,7 @@ class ClipLoader:
         index: Index,
         store: Store,
         split: int,
-        part: Literal["train", "test"],
+        part: Literal["train", "test", "all"],
         options: LoaderOptions,
         rank: int = 0,
         world: int = 1,
@@ -107,6 +111,12 @@ class ClipLoader:
 
     def read_clip(self, row: int, epoch: int) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part, as the epoch's batch holds it."""
+        options = self.options
+        key = self.clips.key(row)
+        return self.read_view(row, draw_view(options.seed, epoch, key, options.num_views) if options.augment else None)
+
+    def read_view(self, row: int, view: View | None) -> UInt8[Tensor, "T 3 H W"]:
+        """One clip of the part in a view, or in the centre one."""
         place = self.clips.place(row)
         # → the clip's bytes, from memory or by a ranged read, with the digest they were packed with
         members = self._cache.get(row)
@@ -119,22 +129,31 @@ class ClipLoader:
             count = f"{len(frames_TCHW)} frames instead of {self._num_frames}"
             raise BadClip(f"{_named(self._store, place)} has {count}: pack the set again")
         # → the square that the model sees
-        view = draw_view(self.options.seed, epoch, place.key) if self.options.augment else None
         return crop_clip(frames_TCHW, view, self.options.crop)
+
+    def rows(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Int64[np.ndarray, " B"]]]:
+        """This rank's clips of each global batch of an epoch, from a step on."""
+        order_N = self._order(epoch)
+        for step in range(start_step, self.num_steps):
+            yield step, batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
         if not self.options.shuffle:
             return np.arange(len(self.clips), dtype=np.int64)
         return epoch_order(len(self.clips), self.options.seed, epoch)
 
+    def size_of_batch(self, step: int) -> int:
+        """Clips of a global batch."""
+        return min(self.options.batch_size, len(self.clips) - step * self.options.batch_size)
+
     def _batch(self, step: int, rows_B: Int64[np.ndarray, " B"], clips: Sequence[Tensor]) -> ClipBatch:
-        crop, batch_size = self.options.crop, self.options.batch_size
+        crop = self.options.crop
         empty = torch.empty((0, self._num_frames, 3, crop, crop), dtype=torch.uint8)
         return ClipBatch(
             frames_BTCHW=_stacked(clips) if clips else empty,
             labels_B=torch.from_numpy(self.clips.labels_N[rows_B]),
             keys=tuple(self.clips.keys(rows_B)),
-            num_clips_in_global_batch=min(batch_size, len(self.clips) - step * batch_size),
+            num_clips_in_global_batch=self.size_of_batch(step),
         )
 
 

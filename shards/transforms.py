@@ -1,9 +1,11 @@
 """The forty views of a clip: corner cropping, scale jittering and flipping, the same for all its frames."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,10 +36,32 @@ CENTRE_VIEW = View(scale=0.875, place="centre", flip=False)
 """What a model is tested on: the centre 224 of 256 pixels, and the same field of view at any other size."""
 
 
-def draw_view(seed: int, epoch: int, key: str) -> View:
-    """The view of a clip in an epoch, uniform over the forty: a function of its arguments, of no generator's state."""
-    digest = hashlib.blake2b(f"{seed} {epoch} {key}".encode(), digest_size=8).digest()
-    return VIEWS[int.from_bytes(digest, "little") % len(VIEWS)]
+def views_of(key: str) -> tuple[View, ...]:
+    """The forty views in an order of the clip's own. A training on `v` views of a clip has the first v, so what is
+    computed for fewer views serves more."""
+    return tuple(VIEWS[view] for view in _order_of(key))
+
+
+def draw_slot(seed: int, epoch: int, key: str, num_views: int = len(VIEWS)) -> int:
+    """Which of a clip's first `num_views` views an epoch shows, uniform: a function of its arguments, of no generator's
+    state."""
+    assert 1 <= num_views <= len(VIEWS), num_views
+    return _draw(f"{seed} {epoch} {key}") % num_views
+
+
+def draw_view(seed: int, epoch: int, key: str, num_views: int = len(VIEWS)) -> View:
+    """The view of a clip in an epoch."""
+    return views_of(key)[draw_slot(seed, epoch, key, num_views)]
+
+
+@functools.lru_cache(maxsize=100_000)
+def _order_of(key: str) -> bytes:
+    draws = np.random.Philox(key=_draw(key)).random_raw(len(VIEWS))
+    return bytes(np.argsort(draws, kind="stable").astype(np.uint8))
+
+
+def _draw(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def square_of(view: View, height: int, width: int) -> tuple[int, int, int]:

@@ -12,15 +12,15 @@ def class_activation(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Lin
     average over places; gradients reach `classifier.weight` through the map, none flows through the argmax.
     """
     weight_CD = classifier.weight
-    features_BTND = features_BTND.to(weight_CD.dtype)
-    with torch.no_grad():
-        scores_BTC = nn.functional.linear(features_BTND.mean(dim=2), weight_CD, classifier.bias)
-        winner_BT = scores_BTC.argmax(dim=-1)
-    winning_BTD = nn.functional.embedding(winner_BT, weight_CD)  # its gradient is summed in a fixed order
-    return torch.einsum("btnd,btd->btn", features_BTND, winning_BTD)
-
-
-def top_down_attention(features_BTND: Float[Tensor, "B T N D"], classifier: nn.Linear) -> Float[Tensor, "B T N"]:
-    """`m(i) = sigmoid(M_c(i))`, in [0, 1] (Eq. 5)."""
     with torch.autocast(features_BTND.device.type, enabled=False):
-        return torch.sigmoid(class_activation(features_BTND, classifier))
+        features_BTND = features_BTND.to(weight_CD.dtype)
+        with torch.no_grad():
+            scores_BTC = nn.functional.linear(features_BTND.mean(dim=2), weight_CD, classifier.bias)
+            winner_BT = scores_BTC.argmax(dim=-1)
+        winning_BTD = nn.functional.embedding(winner_BT, weight_CD)  # its gradient is summed in a fixed order
+        return torch.einsum("btnd,btd->btn", features_BTND, winning_BTD)
+
+
+def attend(activation: Float[Tensor, "*places"]) -> Float[Tensor, "*places"]:
+    """`m(i) = sigmoid(M_c(i))`, in [0, 1] (Eq. 5)."""
+    return torch.sigmoid(activation)

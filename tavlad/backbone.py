@@ -63,6 +63,14 @@ class TrunkNetwork(nn.Module, ABC):
     def maps(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> TrunkMaps:
         """The last feature maps of normalised images."""
 
+    def early(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E eh ew"]:
+        """What comes below the last block, and is the same for all of a training; `late` goes on from there."""
+        return images_BCHW
+
+    def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
+        """The last feature maps from what `early` gives."""
+        return self.maps(early_BEHW)
+
     @abstractmethod
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
         """The convolutions of the last block, which stage 2 trains; `downsample=False` leaves out a ResNet's 1x1
@@ -93,10 +101,15 @@ class ResNetTrunk(TrunkNetwork):
         return self.fc
 
     def maps(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> TrunkMaps:
+        return self.late(self.early(images_BCHW))
+
+    def early(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E eh ew"]:
         x = functional.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
         x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        x = self.layer3(self.layer2(self.layer1(x)))
-        pre_relu = _without_last_relu(self.layer4[-1], self.layer4[:-1](x))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
+        pre_relu = _without_last_relu(self.layer4[-1], self.layer4[:-1](early_BEHW))
         return TrunkMaps(pre_relu, functional.relu(pre_relu))
 
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
@@ -125,10 +138,16 @@ class EfficientNetLite0Trunk(TrunkNetwork):
         return self._fc
 
     def maps(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> TrunkMaps:
+        return self.late(self.early(images_BCHW))
+
+    def early(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E eh ew"]:
         x = functional.relu6(self._bn0(self._conv_stem(images_BCHW)), inplace=True)
-        for block in self._blocks:
+        for block in self._blocks[:-1]:
             x = block(x)
-        pre_relu = self._bn1(self._conv_head(x))
+        return x
+
+    def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
+        pre_relu = self._bn1(self._conv_head(self._blocks[-1](early_BEHW)))
         return TrunkMaps(pre_relu, functional.relu6(pre_relu))
 
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:

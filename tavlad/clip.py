@@ -1,8 +1,10 @@
 """What crosses the border between the data and the model: a clip's frame choice and a batch of clips."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxtyping import Int64, UInt8
+import torch
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -41,6 +43,57 @@ class ClipBatch:
     """Clips over all ranks: what the loss of this step is averaged over."""
 
     def __post_init__(self) -> None:
-        num_clips = len(self.keys)
-        assert self.frames_BTCHW.shape[0] == self.labels_B.shape[0] == num_clips, "one label and one key a clip"
-        assert 1 <= self.num_clips_in_global_batch >= num_clips, "a rank's clips are part of the global batch"
+        _check_batch(len(self.frames_BTCHW), self.labels_B, self.keys, self.num_clips_in_global_batch)
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """What the model is called with: the frames, or one blank clip where there is none (ranks meet in the
+        gradient exchange, so each must compute something)."""
+        frames_BTCHW = self.frames_BTCHW if self.keys else _blank(self.frames_BTCHW)
+        return frames_BTCHW.to(device)
+
+
+class Features(NamedTuple):
+    """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
+
+    maps_BTDHW: Float[Tensor, "B T D h w"]
+    """The last feature map, on the side of its last non-linearity that the model's descriptors come from."""
+    activation_BTHW: Float[Tensor, "B T h w"] | None
+    """The winning ImageNet class's activation, before the sigmoid that makes it attention (Eq. 4); None for a model
+    without attention."""
+
+    def to(self, device: torch.device) -> "Features":
+        """The same on a device."""
+        activation = None if self.activation_BTHW is None else self.activation_BTHW.to(device)
+        return Features(self.maps_BTDHW.to(device), activation)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureBatch:
+    """A `ClipBatch` whose frames have been through the frozen trunk."""
+
+    features: Features
+    labels_B: Int64[Tensor, " B"]
+    keys: tuple[str, ...]
+    num_clips_in_global_batch: int
+
+    def __post_init__(self) -> None:
+        _check_batch(len(self.features.maps_BTDHW), self.labels_B, self.keys, self.num_clips_in_global_batch)
+
+    def inputs(self, device: torch.device) -> Features:
+        """What the model is called with: the features, or those of one blank clip where there is none."""
+        maps, activation = self.features
+        if not self.keys:
+            maps, activation = _blank(maps), None if activation is None else _blank(activation)
+        return Features(maps, activation).to(device)
+
+
+Batch = ClipBatch | FeatureBatch
+
+
+def _blank(values: Tensor) -> Tensor:
+    return values.new_zeros(1, *values.shape[1:])
+
+
+def _check_batch(num_clips: int, labels_B: Tensor, keys: tuple[str, ...], num_clips_in_global_batch: int) -> None:
+    assert num_clips == len(labels_B) == len(keys), "one label and one key a clip"
+    assert 1 <= num_clips_in_global_batch >= num_clips, "a rank's clips are part of the global batch"

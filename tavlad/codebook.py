@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from sklearn.cluster import KMeans
+from torch.nn.functional import normalize
 
 from tavlad.clip import ClipBatch
 from tavlad.config import CodebookConfig
@@ -15,15 +16,15 @@ from tavlad.parallel import autocast
 
 
 @torch.no_grad()
-def sample_descriptors(
+def sample_maps(
     model: TaVlad,
     batches: Iterable[ClipBatch],
     config: CodebookConfig,
     seed: int,
     precision: str,
     on_batch: Callable[[int], None] | None = None,
-) -> Float32[np.ndarray, "M D"]:
-    """Unit-length descriptors of all places of random frames, read from clips in random order until there are enough.
+) -> Float32[np.ndarray, "F D h w"]:
+    """The trunk's maps of random frames, read from clips in random order until there are enough.
 
     At most `config.frames` frames, `config.frames_per_video` of each clip, chosen as a function of (seed, key).
     `on_batch` is told how many clips are read.
@@ -39,8 +40,8 @@ def sample_descriptors(
         ]
         images = torch.cat(frames)[: config.frames - num_frames]
         with autocast(device, precision):
-            maps = model.encode(images[None].to(device))
-        samples.append(maps.descriptors_BTND.flatten(0, 2).float().cpu().numpy())
+            features = model.features(images[None].to(device), with_activation=False)
+        samples.append(features.maps_BTDHW[0].float().cpu().numpy())
         num_frames += len(images)
         num_clips += len(batch.keys)
         if on_batch is not None:
@@ -50,6 +51,12 @@ def sample_descriptors(
     if not samples:
         raise ValueError("there are no training clips to make a codebook from: the train part of this split is empty")
     return np.concatenate(samples)
+
+
+def descriptors_of(maps: Float[np.ndarray, "F D h w"]) -> Float32[np.ndarray, "M D"]:
+    """Unit-length descriptors of all places of maps."""
+    places = torch.from_numpy(maps).float().flatten(2).transpose(1, 2).flatten(0, 1)
+    return normalize(places, dim=-1, eps=1e-12).numpy()
 
 
 def random_frames(seed: int, key: str, num_frames: int, count: int) -> list[int]:

@@ -83,6 +83,8 @@ class TrainingConfig:
     """Side of the square the trunk sees, in pixels."""
     augment: bool = True
     """Corner crops, scale jitter and flips, one draw a clip; off: the centre crop of evaluation."""
+    num_views: int = 40
+    """Of the forty views, how many a clip is shown in; fewer make a feature set smaller (docs/GUIDE, "Features")."""
     adam_eps: float = 1e-4
     """Adam's epsilon."""
     weight_decay: float = 4e-5
@@ -93,6 +95,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
+        _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
         _require(self.weight_decay >= 0, f"training.weight_decay = {self.weight_decay}: must not be negative")
 
@@ -115,18 +118,45 @@ class StageConfig:
     """Whether the trunk's ImageNet classifier learns (through the attention)."""
     vlad: bool = False
     """Whether the assignment and the centres learn."""
+    features: Literal["auto", "always", "never"] = "never"
+    """Whether a stage with a frozen trunk learns from stored features instead of frames; auto: where that is quicker
+    and within the budget."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
         _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
         _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
+        _require(
+            self.features == "never" or not self.trunk_learns,
+            f'features = "{self.features}": a trunk that learns has no features to keep; choose "never"',
+        )
+
+    @property
+    def trunk_learns(self) -> bool:
+        """Whether any weight of the trunk, its classifier included, changes in this stage."""
+        return self.trunk != "frozen" or self.fc
 
 
-STAGE1 = StageConfig(epochs=50, lr=1e-2)
+STAGE1 = StageConfig(epochs=50, lr=1e-2, features="auto")
 """The paper's first stage: GRU and classifier."""
 STAGE2 = StageConfig(epochs=30, lr=1e-4, trunk="last-block", fc=True, vlad=True)
 """The paper's second stage: also the last block's convolutions, the trunk's classifier and the VLAD layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """How a frozen trunk's features are stored."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the maps; float16 holds what a bf16 trunk computes without loss."""
+    budget_gigabytes: float = 50.0
+    """What a training may add to the store; more is refused before anything is computed."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.budget_gigabytes >= 0, f"features.budget_gigabytes = {self.budget_gigabytes}: must not be negative"
+        )
 
 
 def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Config | None = None) -> Config:

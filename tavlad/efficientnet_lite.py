@@ -39,7 +39,7 @@ class SameConv2d(nn.Conv2d):
         x = input
         if (top, left) != (bottom, right):
             x, top, left = functional.pad(input, (left, right, top, bottom)), 0, 0  # a copy: only where it must be
-        return functional.conv2d(x, self.weight, None, self.stride, (top, left), self.dilation, self.groups)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, (top, left), self.dilation, self.groups)
 
     def _padding(self, size: int) -> tuple[int, int]:
         kernel, stride = self.kernel_size[0], self.stride[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from tavlad.clip import ClipBatch
+from tavlad.clip import Batch
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import ALONE, World, autocast
@@ -14,7 +14,7 @@ from tavlad.parallel import ALONE, World, autocast
 @torch.no_grad()
 def evaluate(
     model: TaVlad,
-    batches: Iterable[ClipBatch],
+    batches: Iterable[Batch],
     precision: str,
     world: World = ALONE,
     on_batch: Callable[[int], None] | None = None,
@@ -32,7 +32,7 @@ def evaluate(
     for batch in batches:
         if batch.keys:
             with autocast(device, precision):
-                logits_BA = model(batch.frames_BTCHW.to(device))
+                logits_BA = model(batch.inputs(device))
             keys.extend(batch.keys)
             labels.append(batch.labels_B)
             probabilities.append(logits_BA.float().softmax(dim=1).cpu())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tavlad.checkpoint import TrainState
-from tavlad.clip import ClipBatch
+from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
 from tavlad.evaluate import evaluate
 from tavlad.metrics import Scores
@@ -29,7 +29,7 @@ class Batches(Protocol):
         """Batches of an epoch."""
         ...
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on."""
         ...
 
@@ -162,16 +162,14 @@ class _Sums:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: ClipBatch, precision: str, world: World, sums: _Sums
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, precision: str, world: World, sums: _Sums
 ) -> float:
     """One optimiser step; returns this rank's part of the loss, summed over its clips."""
     device = next(model.parameters()).device
-    frames_BTCHW, labels_B = batch.frames_BTCHW.to(device), batch.labels_B.to(device)
     num_clips = len(batch.keys)
-    if num_clips == 0:  # the ranks meet in the gradient exchange: join it with a blank clip that counts nothing
-        frames_BTCHW, labels_B = frames_BTCHW.new_zeros(1, *frames_BTCHW.shape[1:]), labels_B.new_zeros(1)
+    labels_B = batch.labels_B.to(device) if num_clips else torch.zeros(1, dtype=torch.int64, device=device)
     with autocast(device, precision):
-        logits_BA = model(frames_BTCHW)
+        logits_BA = model(batch.inputs(device))
     losses_B = nn.functional.cross_entropy(logits_BA.float(), labels_B, reduction="none")
     loss_sum = losses_B.sum() * (num_clips > 0)
     optimizer.zero_grad(set_to_none=True)

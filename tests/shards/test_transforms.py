@@ -91,7 +91,7 @@ def test_any_frame_size_can_be_viewed(height: int, width: int, index: int, size:
 
 
 def test_one_draw_a_clip_depends_on_seed_epoch_and_key_alone() -> None:
-    assert [VIEWS.index(draw_view(5, epoch, "wave%2Fa%2Eavi")) for epoch in range(6)] == [18, 28, 37, 31, 31, 35]
+    assert [VIEWS.index(draw_view(5, epoch, "wave%2Fa%2Eavi")) for epoch in range(6)] == [34, 20, 39, 31, 31, 10]
 
 
 def test_views_are_drawn_evenly() -> None:

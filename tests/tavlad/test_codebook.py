@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tavlad.codebook import find_centres, random_frames, sample_descriptors
+from tavlad.codebook import descriptors_of, find_centres, random_frames, sample_maps
 from tavlad.config import CodebookConfig
 from tests.tavlad.tiny import TinyBatches, build_model
 
@@ -12,7 +12,7 @@ from tests.tavlad.tiny import TinyBatches, build_model
 def test_descriptors_are_those_of_the_chosen_frames_of_each_clip() -> None:
     model = build_model().eval()
     config = CodebookConfig(frames_per_video=2)
-    found = sample_descriptors(model, TinyBatches().epoch(0), config, 3, "float32")
+    found = descriptors_of(sample_maps(model, TinyBatches().epoch(0), config, 3, "float32"))
     expected = [
         model.encode(frames[None]).descriptors_BTND[0, random_frames(3, key, 3, 2)].flatten(0, 1)
         for batch in TinyBatches().epoch(0)
@@ -24,7 +24,7 @@ def test_descriptors_are_those_of_the_chosen_frames_of_each_clip() -> None:
 
 def test_no_more_frames_are_taken_than_asked_for() -> None:
     config = CodebookConfig(frames=5, frames_per_video=2)
-    found = sample_descriptors(build_model(), TinyBatches().epoch(0), config, 0, "float32")
+    found = descriptors_of(sample_maps(build_model(), TinyBatches().epoch(0), config, 0, "float32"))
     assert len(found) == 5 * 1  # one place a frame of 32 pixels
 
 

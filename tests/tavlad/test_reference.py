@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import tavlad.model
-from tavlad.attention import class_activation, top_down_attention
+from tavlad.attention import attend, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork
 from tavlad.config import ModelConfig
 from tavlad.model import TaVlad
@@ -30,7 +30,8 @@ EVERY_VARIANT = list(itertools.product(("none", "cam", "frozen-cam"), ("sum", "g
 
 
 class _GivenMaps(TrunkNetwork):
-    """A trunk whose maps are parameters, the same for all images: so gradients reach each map alone."""
+    """A trunk whose maps are parameters, whatever the images: so gradients reach each map alone. Asked for whole clips,
+    it gives the next clips' maps, in turn."""
 
     def __init__(self) -> None:
         super().__init__(mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5))  # exact in float32
@@ -39,6 +40,7 @@ class _GivenMaps(TrunkNetwork):
         self.post = nn.Parameter(torch.zeros(CLIPS * FRAMES, SIZE, HEIGHT, WIDTH))
         self.fc = nn.Linear(SIZE, CLASSES)
         self.images = torch.empty(0)
+        self._next = 0
 
     @property
     def classifier(self) -> nn.Linear:
@@ -46,7 +48,10 @@ class _GivenMaps(TrunkNetwork):
 
     def maps(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> TrunkMaps:
         self.images = images_BCHW
-        return TrunkMaps(self.pre, self.post)
+        rows = slice(self._next, self._next + len(images_BCHW))
+        if len(images_BCHW) % FRAMES == 0:
+            self._next = rows.stop % len(self.pre)
+        return TrunkMaps(self.pre[rows], self.post[rows])
 
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
         return []
@@ -248,7 +253,7 @@ def test_a_raised_bias_changes_the_winner_and_nothing_else() -> None:
     for bias, expected in ((0.0, [2.0, 4.0]), (100.0, [1.0, -1.0])):
         with torch.no_grad():
             classifier.bias[1] = bias
-        attention_BTN = top_down_attention(features_BTND, classifier)
+        attention_BTN = attend(class_activation(features_BTND, classifier))
         torch.testing.assert_close(attention_BTN[0, 0], torch.tensor(expected, dtype=torch.float64).sigmoid())
 
 

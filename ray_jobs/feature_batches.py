@@ -1,0 +1,112 @@
+"""Batches of features instead of frames: read where they are there, else computed, and written for the next time."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from shards.features import CENTRE_SLOT, Entry, FeatureSet, FeatureTable
+from shards.read import ClipLoader
+from shards.read_ahead import read_ahead
+from shards.transforms import draw_slot, views_of
+from tavlad.clip import FeatureBatch, Features
+
+Compute = Callable[[UInt8[Tensor, "B T 3 H W"]], Features]
+
+
+class FeatureBatches:
+    """The batches of a `ClipLoader`, after the trunk.
+
+    What is computed on the way is rounded as it is stored, so a batch does not depend on what was there already.
+    """
+
+    def __init__(self, loader: ClipLoader, features: FeatureSet, split: int, compute: Compute) -> None:
+        self._loader = loader
+        self._features = features
+        self._split = split
+        self._compute = compute
+        self.num_computed = 0
+        """Clips that had to go through the trunk so far, on this rank."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of an epoch."""
+        return self._loader.num_steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[FeatureBatch]:
+        """The batches of an epoch from a step on; at its end, everything computed in it is there for others."""
+        options = self._loader.options
+        table = FeatureTable(self._loader.clips, self._features.found(self._split, options.num_views))
+        through = self._features.through()
+        steps = list(self._loader.rows(epoch, start_step))
+        wanted = [(row, self._slot(row, epoch)) for _, rows_B in steps for row in rows_B.tolist()]
+        found = read_ahead(
+            lambda item: self._read(table, *item),
+            wanted,
+            max(1, options.num_threads),
+            max(1, options.prefetch_batches * max(len(rows_B) for _, rows_B in steps)) if steps else 1,
+        )
+        slots = iter(slot for _, slot in wanted)
+        for step, rows_B in steps:
+            keys = tuple(self._loader.clips.keys(rows_B))
+            read = [next(found) for _ in keys]
+            slots_B = [next(slots) for _ in keys]
+            entries = self._complete(read)
+            for key, slot, was_read, entry in zip(keys, slots_B, read, entries, strict=True):
+                if isinstance(was_read, Tensor):
+                    through.add(key, slot, entry)
+            yield FeatureBatch(
+                features=self._stacked(entries),
+                labels_B=torch.from_numpy(self._loader.clips.labels_N[rows_B]),
+                keys=keys,
+                num_clips_in_global_batch=self._loader.size_of_batch(step),
+            )
+        through.flush()
+
+    def _slot(self, row: int, epoch: int) -> int:
+        options = self._loader.options
+        if not options.augment:
+            return CENTRE_SLOT
+        return draw_slot(options.seed, epoch, self._loader.clips.key(row), options.num_views)
+
+    def _read(self, table: FeatureTable, row: int, slot: int) -> Entry | Tensor:
+        """The stored features of a clip, or else its frames."""
+        place = table.place(row, slot)
+        if place is not None:
+            return self._features.read(place)
+        key = self._loader.clips.key(row)
+        return self._loader.read_view(row, None if slot == CENTRE_SLOT else views_of(key)[slot])
+
+    def _complete(self, read: list[Entry | Tensor]) -> list[Entry]:
+        """The entries of a batch, those that were not there computed together."""
+        frames = [each for each in read if isinstance(each, Tensor)]
+        computed = iter(entries_of(self._compute(torch.stack(frames)), self._features.dtype) if frames else ())
+        self.num_computed += len(frames)
+        return [next(computed) if isinstance(each, Tensor) else each for each in read]
+
+    def _stacked(self, entries: list[Entry]) -> Features:
+        if not entries:
+            facts = self._features.facts
+            frames, size, side = (int(facts[name]) for name in ("num_frames", "size", "side"))
+            maps = torch.empty(0, frames, size, side, side)
+            return Features(maps, torch.empty(0, frames, side, side))
+        return Features(
+            torch.from_numpy(np.stack([entry.map_TDHW for entry in entries])),
+            torch.from_numpy(np.stack([entry.activation_THW for entry in entries])),
+        )
+
+
+def entries_of(features: Features, dtype: np.dtype) -> Iterator[Entry]:
+    """A batch's features as they are stored. ValueError where a value is beyond the range of `dtype`."""
+    assert features.activation_BTHW is not None, "stored features have an activation"
+    maps = features.maps_BTDHW.float().cpu().numpy().astype(dtype)
+    activations = features.activation_BTHW.float().cpu().numpy()
+    for map_TDHW, activation_THW in zip(maps, activations, strict=True):
+        if not np.isfinite(map_TDHW).all():
+            raise ValueError(
+                f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from '
+                'frames (stage1.features = "never")'
+            )
+        yield Entry(map_TDHW, activation_THW)

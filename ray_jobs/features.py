@@ -1,0 +1,346 @@
+"""tavlad features: a frozen trunk's maps of every view of a split's clips, computed once by a pool of actors."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from infra.site import Site, load_site
+from ray_jobs.cluster import connect, result_of
+from ray_jobs.codebook import build_untrained
+from ray_jobs.console import Console
+from ray_jobs.feature_batches import entries_of
+from ray_jobs.plan import TrainingPlan, locate_set
+from ray_jobs.recipe import Recipe
+from shards.features import CENTRE_SLOT, FeatureSet, FeatureShard, FeatureTable, fingerprint, other_sets
+from shards.index import Index, load_index
+from shards.read import ClipLoader, LoaderOptions
+from shards.read_ahead import read_ahead
+from shards.store import Store, open_store
+from shards.transforms import VIEWS, views_of
+from tavlad.clip import Features
+from tavlad.config import StageConfig
+from tavlad.model import TaVlad
+from tavlad.parallel import autocast
+
+_DECISION = "features.json"
+_FORMAT = 1  # raise it when the same facts would no longer give the same features
+_GIGABYTE = 1_000_000_000
+_CLIPS_AT_ONCE = 8  # through the trunk of a GPU; a CPU takes them one by one anyway
+_PROBED_CLIPS = 2
+_WORTH = 1.2  # features must save this many times what storing and reading them costs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filled:
+    """A feature set that has all a split needs."""
+
+    uri: str
+    num_views: int
+    num_entries: int
+    """Clips times views, those of the test part included."""
+    num_bytes: int
+    was_there: bool
+
+
+def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None, console: Console) -> Filled:
+    """Fill the feature set of the recipe's data set and trunk with what `split` needs; what is there is kept."""
+    num_views = num_views or recipe.training.num_views
+    store = open_store(locate_set(site, recipe.dataset), site.s3)
+    index = load_index(store)
+    connect(site)
+    model, provenance = build_untrained(site, recipe, len(index.actions))
+    features = feature_set(site, recipe, index, model, provenance)
+    del model
+    plan = features.plan(index, split, num_views)
+    num_entries = sum(len(shard.rows) for shard in plan)
+    filled = Filled(
+        uri=features.store.uri,
+        num_views=num_views,
+        num_entries=num_entries,
+        num_bytes=num_entries * features.entry_bytes,
+        was_there=features.filled(split, num_views) is not None,
+    )
+    console.heading(f"Features of {index.name}, split {split}, {num_views} views a clip, at {filled.uri}")
+    if filled.was_there:
+        console.say("  filled already")
+        return filled
+    for difference in other_sets(open_store(site.features_uri, site.s3), features.facts):
+        console.say(f"  not these: {difference}")
+    missing = features.missing(plan)
+    _check_budget(recipe, features, sum(len(shard.rows) for shard in missing), num_views, index, split)
+    _fill(site, recipe, features, missing, console)
+    features.publish(index, split, num_views)
+    return filled
+
+
+def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
+    """The feature set of a data set, a trunk and the way it is run; empty until filled."""
+    training = recipe.training
+    facts: dict[str, str | int] = {
+        "format": _FORMAT,
+        "name": index.name,
+        "dataset": index.fingerprint,
+        # Random weights are a function of the seed.
+        "weights": provenance if recipe.model.weights != "none" else f"{provenance} seed {training.seed}",
+        "descriptor": recipe.model.descriptor,
+        "precision": training.precision,
+        "dtype": recipe.features.dtype,
+        "crop": training.crop,
+        "views": f"{len(VIEWS)} of 4 scales, 5 places, 2 flips",
+        "num_frames": index.num_frames,
+        "size": model.trunk.feature_size,
+        "side": math.ceil(training.crop / 32),
+    }
+    name = f"{index.name}-{fingerprint(facts)[:16]}"
+    return FeatureSet(open_store(f"{site.features_uri}/{name}", site.s3), facts)
+
+
+def feature_loader(recipe: Recipe, index: Index, store: Store, num_threads: int) -> ClipLoader:
+    """Reads any clip of the set, in any view."""
+    options = LoaderOptions(
+        batch_size=1,
+        seed=0,
+        crop=recipe.training.crop,
+        augment=False,
+        shuffle=False,
+        num_threads=num_threads,
+        cache_megabytes=0,
+    )
+    return ClipLoader(index, store, 1, "all", options)
+
+
+class Extractor:
+    """A model's trunk on this process's device."""
+
+    def __init__(self, model: TaVlad, device: torch.device, precision: str) -> None:
+        self._model = model.to(device).eval()
+        self._device = device
+        self._precision = precision
+
+    @torch.no_grad()
+    def __call__(self, frames_BTCHW: torch.Tensor) -> Features:
+        """The features of clips, with their activation."""
+        with autocast(self._device, self._precision):
+            return self._model.features(frames_BTCHW.to(self._device), with_activation=True)
+
+    def seconds_per_clip(self, frames_BTCHW: torch.Tensor) -> float:
+        """Measured, after a run that warms up."""
+        self(frames_BTCHW[:1]).maps_BTDHW.float().sum().item()
+        started = time.perf_counter()
+        self(frames_BTCHW).maps_BTDHW.float().sum().item()
+        return (time.perf_counter() - started) / len(frames_BTCHW)
+
+
+def _fill(site: Site, recipe: Recipe, features: FeatureSet, missing: list[FeatureShard], console: Console) -> None:
+    if not missing:
+        return
+    total = sum(len(shard.rows) for shard in missing)
+    start = _Filler.options(num_cpus=recipe.resources.cpus_per_worker, num_gpus=recipe.resources.gpus_per_worker)
+    actors: list[Any] = [
+        start.remote(site.name, recipe, features) for _ in range(min(len(missing), _num_actors(recipe)))
+    ]
+    try:
+        seconds = result_of(actors[0].seconds_per_clip.remote())
+        console.say(
+            f"  {total} clip views to compute, {total * features.entry_bytes / _GIGABYTE:.2f} GB, about "
+            f"{_minutes(total * seconds / len(actors))} with {len(actors)} actors"
+        )
+        idle, waiting, done = list(actors), list(missing), 0
+        running: dict[Any, tuple[Any, FeatureShard]] = {}
+        with console.progress("clip views", total) as advance:
+            while waiting or running:
+                while waiting and idle:
+                    actor, shard = idle.pop(), waiting.pop(0)
+                    running[actor.fill.remote(shard)] = (actor, shard)
+                finished, _ = ray.wait(list(running))
+                for reference in finished:
+                    actor, shard = running.pop(reference)
+                    result_of(reference)
+                    idle.append(actor)
+                    done += len(shard.rows)
+                    advance(done, "")
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _num_actors(recipe: Recipe) -> int:
+    """As many as the cluster has room for."""
+    have, want = ray.cluster_resources(), recipe.resources
+    room = have.get("CPU", 1) / max(want.cpus_per_worker, 0.01)
+    if want.gpus_per_worker:
+        room = min(room, have.get("GPU", 0) / want.gpus_per_worker)
+    return max(1, int(room))
+
+
+@ray.remote(max_restarts=3, max_task_retries=3)
+class _Filler:
+    """Computes shards of a feature set."""
+
+    def __init__(self, site_name: str, recipe: Recipe, features: FeatureSet) -> None:
+        torch.set_num_threads(max(1, int(recipe.resources.cpus_per_worker)))
+        site = load_site(site_name)
+        store = open_store(locate_set(site, recipe.dataset), site.s3)
+        self._index = load_index(store)
+        self._features = features
+        model, _ = build_untrained(site, recipe, len(self._index.actions))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._extract = Extractor(model, device, recipe.training.precision)
+        self._loader = feature_loader(recipe, self._index, store, recipe.resources.loader_threads)
+
+    def seconds_per_clip(self) -> float:
+        clips = range(min(_PROBED_CLIPS, len(self._index.clips_table)))
+        return self._extract.seconds_per_clip(torch.stack([self._loader.read_view(row, None) for row in clips]))
+
+    def fill(self, shard: FeatureShard) -> None:
+        self._features.write_shard(self._index, shard, self._entries(shard))
+
+    def _entries(self, shard: FeatureShard) -> Any:
+        threads = self._loader.options.num_threads
+        clips = read_ahead(lambda row: self._frames(row, shard.slot), shard.rows, threads, 2 * _CLIPS_AT_ONCE)
+        for start in range(0, len(shard.rows), _CLIPS_AT_ONCE):
+            batch = [next(clips) for _ in shard.rows[start : start + _CLIPS_AT_ONCE]]
+            yield from entries_of(self._extract(torch.stack(batch)), self._features.dtype)
+
+    def _frames(self, row: int, slot: int) -> torch.Tensor:
+        view = None if slot == CENTRE_SLOT else views_of(self._loader.clips.key(row))[slot]
+        return self._loader.read_view(row, view)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What a stage on a frozen trunk asks of it."""
+
+    train_clips: int
+    test_clips: int
+    epochs: int
+    evaluations: int
+    num_views: int
+    num_present: int
+    """Clip views that are stored already."""
+
+    @property
+    def from_frames(self) -> int:
+        """Clips that go through the trunk if nothing is stored."""
+        return self.train_clips * self.epochs + self.test_clips * self.evaluations
+
+    @property
+    def from_features(self) -> int:
+        """Clips that go through it, in expectation, if everything is: the distinct views that `epochs` draws show."""
+        distinct = self.num_views * (1 - (1 - 1 / self.num_views) ** self.epochs)
+        test = self.test_clips if self.evaluations else 0
+        return max(0, round(self.train_clips * distinct) + test - self.num_present)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Measured seconds for one clip in one view."""
+
+    compute: float
+    write: float
+    read: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """Whether a stage learns from features, and why."""
+
+    use_features: bool
+    reason: str
+
+
+def decide(wanted: str, load: Workload, rates: Rates, entry_bytes: int, budget_gigabytes: float) -> Decision:
+    """`wanted` is the recipe's "auto" or "always". ValueError if "always" does not fit into the budget."""
+    num_bytes = load.from_features * entry_bytes
+    size = f"{num_bytes / _GIGABYTE:.2f} GB"
+    if num_bytes > budget_gigabytes * _GIGABYTE:
+        over = f"features of {load.num_views} views a clip would take {size}, features.budget_gigabytes is "
+        over += f"{budget_gigabytes:g}"
+        if wanted == "always":
+            raise ValueError(f"{over}: raise it, or lower training.num_views")
+        return Decision(use_features=False, reason=f"from frames: {over}")
+    saved = load.from_frames - load.from_features
+    frames = load.from_frames * rates.compute
+    features = load.from_features * (rates.compute + rates.write) + max(0, saved) * rates.read
+    times = f"the trunk takes about {_minutes(features)} instead of {_minutes(frames)}"
+    if wanted == "always" or saved * rates.compute > _WORTH * (features - load.from_features * rates.compute):
+        return Decision(use_features=True, reason=f"from features ({size}): {times}")
+    return Decision(use_features=False, reason=f"from frames: with features ({size}) {times}")
+
+
+def decide_once(
+    site: Site,
+    plan: TrainingPlan,
+    stage: StageConfig,
+    features: FeatureSet,
+    extract: Extractor,
+    train: ClipLoader,
+    test: ClipLoader,
+) -> Decision:
+    """The decision of a training, made at its first start and kept: a resumed training computes what it would have."""
+    store = open_store(plan.uri, site.s3)
+    if store.exists(_DECISION):
+        return Decision(**json.loads(store.read(_DECISION)))
+    recipe, num_views = plan.recipe, plan.recipe.training.num_views if plan.recipe.training.augment else 1
+    load = Workload(
+        train_clips=train.num_clips,
+        test_clips=test.num_clips,
+        epochs=stage.epochs,
+        evaluations=-(-stage.epochs // recipe.training.evaluate_every),
+        num_views=num_views,
+        num_present=count_present(features, [train, test], plan.split, num_views),
+    )
+    rates = measure_rates(extract, train, features)
+    decision = decide(stage.features, load, rates, features.entry_bytes, recipe.features.budget_gigabytes)
+    store.write(_DECISION, json.dumps(dataclasses.asdict(decision)).encode())
+    return decision
+
+
+def measure_rates(extract: Extractor, loader: ClipLoader, features: FeatureSet) -> Rates:
+    """What computing, writing and reading the features of a clip take here and now."""
+    frames = torch.stack([loader.read_view(row, None) for row in range(min(_PROBED_CLIPS, loader.num_clips))])
+    path, content = f"probe/{uuid.uuid4().hex}", os.urandom(features.entry_bytes)
+    started = time.perf_counter()
+    features.store.write(path, content)
+    written = time.perf_counter()
+    features.store.read(path)
+    read = time.perf_counter()
+    features.store.delete(path)
+    return Rates(compute=extract.seconds_per_clip(frames), write=written - started, read=read - written)
+
+
+def count_present(features: FeatureSet, loaders: list[ClipLoader], split: int, num_views: int) -> int:
+    """Stored views of the loaders' clips, of those that they show."""
+    found = features.found(split, num_views)
+    count = 0
+    for loader in loaders:
+        present = FeatureTable(loader.clips, found).present >= 0
+        shown = present[:, :num_views] if loader.options.augment else present[:, CENTRE_SLOT]
+        count += int(shown.sum())
+    return count
+
+
+def _check_budget(
+    recipe: Recipe, features: FeatureSet, num_entries: int, num_views: int, index: Index, split: int
+) -> None:
+    num_bytes, budget = num_entries * features.entry_bytes, recipe.features.budget_gigabytes * _GIGABYTE
+    if num_bytes <= budget:
+        return
+    train, test = (len(index.clips(split, part)) for part in ("train", "test"))
+    fitting = max(0, int((budget / features.entry_bytes - test) // train))
+    raise ValueError(
+        f"{num_views} views a clip would take {num_bytes / _GIGABYTE:.1f} GB, and features.budget_gigabytes is "
+        f"{recipe.features.budget_gigabytes:g}: raise it" + (f", or choose --views {fitting}" if fitting else "")
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,297 @@
+"""A feature set (contract 3): what a frozen trunk makes of a set's clips, computed once for all epochs, trials, runs.
+
+facts.json               what the features are of; sets that differ in any of it are different sets
+shards/BBBBB-SS.tar      plain WebDataset, KEY@SS.map.npy and KEY@SS.activation.npy: a block of clips in view slot SS
+parts/BBBBB-SS.parquet   the shard's rows, written after it: a shard without its part does not exist
+split1-8views.parquet    all rows that split 1 needs for 8 views a clip, written last: what is filled
+through/ID.tar, .parquet the same for entries that trainings computed on their way, before the set was filled
+
+A block holds clips that are on the same side of every split, so that the splits share shards and no view is computed
+for a split that does not need it.
+"""
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int32
+from pyarrow.compute import call_function
+
+from shards.clip_bytes import END_OF_SHARD, read_tar_members, tar_members
+from shards.index import NUM_SPLITS, ClipPlace, ClipTable, Index, read_table, table_bytes
+from shards.store import Store, StoreError
+from shards.transforms import VIEWS
+from tavlad.clip import BadClip
+
+CENTRE_SLOT = len(VIEWS)
+"""The slot of the view that models are tested on; the ones before it are a clip's own order of the forty."""
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("slot", pa.int16()),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+_FACTS = "facts.json"
+_SHARD_BYTES = 64_000_000
+_FEWEST_BLOCKS = 8  # of a small set, so that it too is filled in parallel
+
+Facts = Mapping[str, str | int]
+
+
+class Entry(NamedTuple):
+    """The features of one clip in one view."""
+
+    map_TDHW: Float[np.ndarray, "T D h w"]
+    activation_THW: Float[np.ndarray, "T h w"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureShard:
+    """One shard to fill: some clips in one slot."""
+
+    block: int
+    slot: int
+    rows: tuple[int, ...]
+    """Of the set's index."""
+
+    @property
+    def name(self) -> str:
+        """Of its files, without folder and suffix."""
+        return f"{self.block:05d}-{self.slot:02d}"
+
+
+class FeatureTable:
+    """Where the features of some clips are, by the clip's row and slot."""
+
+    def __init__(self, clips: ClipTable, rows: pa.Table) -> None:
+        self._rows = rows.combine_chunks()
+        self._where = np.full((len(clips), CENTRE_SLOT + 1), -1, dtype=np.int32)
+        clip_rows = call_function("index_in", [rows["key"]], options=_value_set(clips)).fill_null(-1).to_numpy()
+        known = clip_rows >= 0
+        self._where[clip_rows[known], rows["slot"].to_numpy()[known]] = np.flatnonzero(known)
+
+    def place(self, row: int, slot: int) -> ClipPlace | None:
+        """Where the features of a clip in a slot are; None if they are not there."""
+        found = int(self._where[row, slot])
+        if found < 0:
+            return None
+        return ClipPlace(*(self._rows[name][found].as_py() for name in ClipPlace._fields))
+
+    @property
+    def present(self) -> Int32[np.ndarray, "N slots"]:
+        """Row of each clip and slot in the table, -1 where there is none."""
+        return self._where
+
+
+class FeatureSet:
+    """The feature set at a store. It holds no connection and can be sent to other processes."""
+
+    def __init__(self, store: Store, facts: Facts) -> None:
+        self.store = store
+        self.facts = dict(facts)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored maps."""
+        return np.dtype(str(self.facts["dtype"]))
+
+    def plan(self, index: Index, split: int, num_views: int) -> list[FeatureShard]:
+        """The shards that a split needs: `num_views` views of its training clips, the centre view of its test clips."""
+        shards: list[FeatureShard] = []
+        for number, (parts, rows) in enumerate(_blocks(index, self.entry_bytes)):
+            slots = {"train": range(num_views), "test": [CENTRE_SLOT]}.get(parts[split - 1], [])
+            shards += [FeatureShard(block=number, slot=slot, rows=rows) for slot in slots]
+        return sorted(shards, key=lambda shard: (shard.slot, shard.block))
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one clip in one view, about."""
+        frames, size, places = int(self.facts["num_frames"]), int(self.facts["size"]), int(self.facts["side"]) ** 2
+        return frames * places * (size * self.dtype.itemsize + 4)
+
+    def missing(self, shards: Sequence[FeatureShard]) -> list[FeatureShard]:
+        """Those not yet written whole."""
+        done = set(self.store.list("parts/"))
+        return [shard for shard in shards if _part_path(shard) not in done]
+
+    def write_shard(self, index: Index, shard: FeatureShard, entries: Iterable[Entry]) -> None:
+        """Write a shard's entries, in the order of its rows, and then make it visible."""
+        keys = index.clips_table.keys(np.array(shard.rows))
+        content = _Shard(f"shards/{shard.name}.tar")
+        for key, entry in zip(keys, entries, strict=True):
+            content.add(key, shard.slot, entry)
+        content.write(self.store, _part_path(shard))
+
+    def publish(self, index: Index, split: int, num_views: int) -> None:
+        """Make the split's features visible as whole. All its shards must be written."""
+        self._write_facts()
+        tables = [read_table(self.store, _part_path(shard))[0] for shard in self.plan(index, split, num_views)]
+        rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+        self.store.write_if_absent(_index_path(split, num_views), table_bytes(rows, {"facts": self.facts}))
+
+    def filled(self, split: int, num_views: int) -> pa.Table | None:
+        """All rows of a split with at least that many views a clip; None if that was not filled."""
+        present = set(self.store.list("split"))
+        for views in range(num_views, len(VIEWS) + 1):
+            if _index_path(split, views) in present:
+                table, described = read_table(self.store, _index_path(split, views))
+                require_same(described["facts"], self.facts, self.store.uri)
+                return table
+        return None
+
+    def found(self, split: int, num_views: int) -> pa.Table:
+        """Rows of what is there: the filled split, or else every whole shard and whatever trainings left."""
+        filled = self.filled(split, num_views)
+        if filled is not None:
+            return filled
+        paths = [*self.store.list("parts/"), *(each for each in self.store.list("through/") if ".parquet" in each)]
+        tables = [read_table(self.store, path)[0].replace_schema_metadata(None) for path in paths]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+    def read(self, place: ClipPlace) -> Entry:
+        """One entry, proved by its digest."""
+        try:
+            members = self.store.read_range(place.shard, place.offset, place.length)
+        except StoreError as error:
+            if type(error) is not StoreError:
+                raise
+            raise BadClip(f"features {place.key} cannot be read ({error}): {self._remedy}") from error
+        if hashlib.sha256(members).hexdigest() != place.sha256:
+            where = f"{self.store.uri}/{place.shard}"
+            raise BadClip(f"features {place.key} in {where} are not what was written: {self._remedy}")
+        map_npy, activation_npy = read_tar_members(members)
+        return Entry(_from_npy(map_npy), _from_npy(activation_npy))
+
+    def through(self) -> "Through":
+        """For a training that writes what it computes."""
+        self._write_facts()
+        return Through(self.store)
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete {self.store.uri}, and tavlad features fills it again"
+
+    def _write_facts(self) -> None:
+        content = json.dumps(self.facts, sort_keys=True, indent=1).encode()
+        if not self.store.write_if_absent(_FACTS, content):
+            require_same(json.loads(self.store.read(_FACTS)), self.facts, self.store.uri)
+
+
+class Through:
+    """Entries of one training, gathered to shards of their own; several trainings may write at once."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._shard = self._new()
+
+    def add(self, key: str, slot: int, entry: Entry) -> None:
+        """Keep an entry; written with the next `flush`, or when there is enough for a shard."""
+        self._shard.add(key, slot, entry)
+        if self._shard.size >= _SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if self._shard.size:
+            self._shard.write(self._store, self._shard.path.replace(".tar", ".parquet"))
+            self._shard = self._new()
+
+    def _new(self) -> "_Shard":
+        return _Shard(f"through/{uuid.uuid4().hex}.tar")
+
+
+class _Shard:
+    """A shard in the making."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._members: list[bytes] = []
+        self._rows: list[dict[str, object]] = []
+        self.size = 0
+
+    def add(self, key: str, slot: int, entry: Entry) -> None:
+        files = {"map.npy": _to_npy(entry.map_TDHW), "activation.npy": _to_npy(entry.activation_THW)}
+        members = tar_members(f"{key}@{slot:02d}", files)
+        digest = hashlib.sha256(members).hexdigest()
+        place = {"shard": self.path, "offset": self.size, "length": len(members), "sha256": digest}
+        self._rows.append({"key": key, "slot": slot, **place})
+        self._members.append(members)
+        self.size += len(members)
+
+    def write(self, store: Store, rows_path: str) -> None:
+        store.write(self.path, b"".join([*self._members, END_OF_SHARD]))
+        store.write(rows_path, table_bytes(pa.Table.from_pylist(self._rows, schema=SCHEMA), {}))
+
+
+def fingerprint(facts: Facts) -> str:
+    """Names a feature set."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
+def other_sets(root: Store, facts: Facts) -> Iterator[str]:
+    """What distinguishes the feature sets below `root` that are of the same data set from one of these facts."""
+    for path in root.list():
+        if path.count("/") == 1 and path.endswith(f"/{_FACTS}"):
+            found = json.loads(root.read(path))
+            differing = _differences(found, facts)
+            if found.get("name") == facts["name"] and differing:
+                yield f"{root.uri}/{path.partition('/')[0]} differs in {differing}"
+
+
+def require_same(found: Facts, wanted: Facts, uri: str) -> None:
+    """ValueError naming the fields in which a set is not the one wanted."""
+    differing = _differences(found, wanted)
+    if differing:
+        raise ValueError(f"the features at {uri} are of something else: they differ in {differing}; delete them")
+
+
+def _differences(found: Facts, wanted: Facts) -> str:
+    names = [name for name in [*wanted, *(set(found) - set(wanted))] if found.get(name) != wanted.get(name)]
+    return ", ".join(f"{name} ({found.get(name)}, not {wanted.get(name)})" for name in names)
+
+
+def _blocks(index: Index, entry_bytes: int) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The parts that a block's clips have in the three splits, and their rows; a function of the index alone."""
+    table = index.clips_table.table
+    columns = [table[f"split{split}"].to_pylist() for split in range(1, NUM_SPLITS + 1)]
+    classes: dict[tuple[str, ...], list[int]] = {}
+    for row, parts in enumerate(zip(*columns, strict=True)):
+        classes.setdefault(parts, []).append(row)
+    length = max(1, min(_SHARD_BYTES // entry_bytes, -(-len(table) // _FEWEST_BLOCKS)))
+    for parts, rows in sorted(classes.items()):
+        for start in range(0, len(rows), length):
+            yield parts, tuple(rows[start : start + length])
+
+
+def _value_set(clips: ClipTable) -> object:
+    from pyarrow.compute import SetLookupOptions
+
+    return SetLookupOptions(value_set=clips.table["key"].combine_chunks())
+
+
+def _part_path(shard: FeatureShard) -> str:
+    return f"parts/{shard.name}.parquet"
+
+
+def _index_path(split: int, num_views: int) -> str:
+    return f"split{split}-{num_views}views.parquet"
+
+
+def _to_npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(values), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _from_npy(content: memoryview) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)

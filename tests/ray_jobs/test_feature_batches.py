@@ -1,0 +1,161 @@
+"""Learning from features is learning from frames: the same batches, the same losses, without the trunk."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.features import Decision, Extractor, Rates, Workload, decide
+from shards.features import FeatureSet
+from shards.read import ClipLoader, LoaderOptions
+from shards.store import open_store
+from tavlad.config import ModelConfig, StageConfig, TrainingConfig
+from tavlad.model import TaVlad
+from tavlad.train import EpochReport, Listeners, StagePlan, fit
+from tests.shards.conftest import PackedSet, packed, videos  # noqa: F401
+
+CROP = 64
+MODEL = ModelConfig(trunk="resnet18", weights="none", num_clusters=3, gru_width=5, alpha=5.0)
+EPOCHS = 3
+
+
+def _model(**changes: object) -> TaVlad:
+    torch.manual_seed(0)
+    config = replace(MODEL, **changes)  # type: ignore[arg-type]
+    model = TaVlad(config, 3)
+    model.vlad.initialise(torch.nn.functional.normalize(torch.rand_like(model.vlad.centres), dim=1), config.alpha)
+    return model
+
+
+def _features(store: object, precision: str, dtype: str) -> FeatureSet:
+    facts = {"name": "numbers", "precision": precision, "dtype": dtype, "num_frames": 4, "size": 512, "side": 2}
+    return FeatureSet(open_store(str(store)), facts)
+
+
+def _loader(packed: PackedSet, part: Any, rank: int = 0, world: int = 1, num_views: int = 40) -> ClipLoader:  # noqa: F811
+    training = part == "train"
+    options = LoaderOptions(batch_size=5, seed=3, crop=CROP, augment=training, shuffle=training, num_views=num_views)
+    return ClipLoader(packed.index, packed.store, 1, part, options, rank, world)
+
+
+def _train(model: TaVlad, precision: Any, train: Any, test: Any) -> list[EpochReport]:
+    reports: list[EpochReport] = []
+    training = TrainingConfig(batch_size=5, precision=precision, crop=CROP)
+    plan = StagePlan(number=1, stage=StageConfig(epochs=EPOCHS, lr=1e-2, features="always"), training=training)
+    fit(model, plan, train, test, Listeners(on_epoch=reports.append))
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "attention", "tolerance"),
+    [
+        ("float32", "float32", "cam", 1e-5),
+        ("float32", "float16", "cam", 1e-3),
+        ("bf16", "float16", "frozen-cam", 1e-3),
+        ("float32", "float32", "none", 1e-5),
+    ],
+)
+def test_losses_and_scores_from_features_are_those_from_frames(
+    packed: PackedSet,  # noqa: F811
+    tmp_path: Any,
+    precision: str,
+    dtype: str,
+    attention: str,
+    tolerance: float,
+) -> None:
+    from_frames = _train(_model(attention=attention), precision, _loader(packed, "train"), _loader(packed, "test"))
+    model = _model(attention=attention)
+    extract = Extractor(model, torch.device("cpu"), precision)
+    features = _features(tmp_path, precision, dtype)
+    batches = [FeatureBatches(_loader(packed, part), features, 1, extract) for part in ("train", "test")]
+    from_features = _train(model, precision, *batches)
+    for frames, stored in zip(from_frames, from_features, strict=True):
+        assert stored.metrics["train/loss"] == pytest.approx(frames.metrics["train/loss"], rel=tolerance)
+        assert stored.metrics["test/top1"] == frames.metrics["test/top1"]
+    assert batches[1].num_computed == 6  # the test part once, in three evaluations
+
+
+def test_batches_are_the_same_whatever_was_there_before(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+    features = _features(tmp_path, "float32", "float16")
+    extract = Extractor(_model(), torch.device("cpu"), "float32")
+    batches = FeatureBatches(_loader(packed, "train"), features, 1, extract)
+    computed = list(batches.epoch(2))
+    assert batches.num_computed == 12
+    read = list(batches.epoch(2))
+    assert batches.num_computed == 12
+    clips = list(_loader(packed, "train").epoch(2))
+    for first, second, clip in zip(computed, read, clips, strict=True):
+        assert first.keys == second.keys == clip.keys
+        assert first.num_clips_in_global_batch == clip.num_clips_in_global_batch
+        assert torch.equal(first.labels_B, clip.labels_B)
+        assert torch.equal(first.features.maps_BTDHW, second.features.maps_BTDHW)
+        assert first.features.activation_BTHW is not None
+        assert second.features.activation_BTHW is not None
+        assert torch.equal(first.features.activation_BTHW, second.features.activation_BTHW)
+    resumed = list(batches.epoch(2, start_step=1))
+    assert [batch.keys for batch in resumed] == [batch.keys for batch in read[1:]]
+
+
+def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+    features = _features(tmp_path, "float32", "float16")
+    extract = Extractor(_model(), torch.device("cpu"), "float32")
+    ranks = [FeatureBatches(_loader(packed, "train", rank, 2, num_views=1), features, 1, extract) for rank in range(2)]
+    for rank in ranks:
+        list(rank.epoch(0))
+    assert sum(rank.num_computed for rank in ranks) == 12
+    for rank in ranks:  # another order: other clips come to a rank, in the only view there is
+        list(rank.epoch(1))
+    assert sum(rank.num_computed for rank in ranks) == 12
+
+
+def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+    extract = Extractor(_model(), torch.device("cpu"), "float32")
+    last = _loader(packed, "train", rank=0, world=4)  # 12 clips in batches of 5: two in the last, for ranks 1 and 3
+    *_, batch = FeatureBatches(last, _features(tmp_path, "float32", "float16"), 1, extract).epoch(0)
+    assert batch.keys == ()
+    assert _model()(batch.inputs(torch.device("cpu"))).shape == (1, 3)
+
+
+def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+    model = _model()
+    with torch.no_grad():
+        model.trunk.layer4[-1].bn2.weight.fill_(1e9)  # type: ignore[union-attr]
+    batches = FeatureBatches(
+        _loader(packed, "train"),
+        _features(tmp_path, "float32", "float16"),
+        1,
+        Extractor(model, torch.device("cpu"), "float32"),
+    )
+    with pytest.raises(ValueError, match=r"features\.dtype = \"float32\""), np.errstate(over="ignore"):
+        list(batches.epoch(0))
+
+
+LOAD = Workload(train_clips=100, test_clips=50, epochs=50, evaluations=50, num_views=8, num_present=0)
+RATES = Rates(compute=0.5, write=0.01, read=0.01)
+
+
+def test_auto_takes_features_where_they_save_more_than_they_cost() -> None:
+    assert LOAD.from_frames == 7500
+    assert LOAD.from_features == 849  # 8 views of 100 clips but for the odd one never drawn, and 50 centre views
+    chosen = decide("auto", LOAD, RATES, 1_000_000, 50)
+    assert chosen == Decision(
+        use_features=True, reason="from features (0.85 GB): the trunk takes about 8 min instead of 62 min"
+    )
+    slow_store = replace(RATES, read=0.6)
+    assert not decide("auto", LOAD, slow_store, 1_000_000, 50).use_features
+    assert decide("always", LOAD, slow_store, 1_000_000, 50).use_features
+    one_epoch = replace(LOAD, epochs=1, evaluations=1)
+    assert not decide("auto", one_epoch, RATES, 1_000_000, 50).use_features
+
+
+def test_budget_is_kept_before_anything_is_computed() -> None:
+    refused = decide("auto", LOAD, RATES, 1_000_000, 0.5)
+    assert not refused.use_features
+    assert "features.budget_gigabytes is 0.5" in refused.reason
+    with pytest.raises(ValueError, match=r"would take 0.85 GB.*lower training.num_views"):
+        decide("always", LOAD, RATES, 1_000_000, 0.5)
+    there = replace(LOAD, num_present=849)
+    assert decide("always", there, RATES, 1_000_000, 0.5).use_features

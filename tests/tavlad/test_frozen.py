@@ -1,0 +1,63 @@
+"""A trunk that does not learn gives the same maps, however it is made fast."""
+
+import pytest
+import torch
+from torch import nn
+
+from tavlad.backbone import TrunkNetwork, build_trunk
+from tavlad.frozen import FrozenTrunk, fold, normalise
+
+
+def _lived_in(name: str) -> TrunkNetwork:
+    """A trunk whose batch norms have something to say."""
+    torch.manual_seed(0)
+    trunk = build_trunk(name)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = 0.1 * torch.randn(module.num_features)
+            module.running_var = torch.rand(module.num_features) + 0.5
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return trunk
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])
+def test_folded_trunk_is_the_same_function(name: str) -> None:
+    trunk = _lived_in(name).double()
+    folded = fold(trunk)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        for expected, found in zip(trunk.maps(images), folded.maps(images), strict=True):
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+def test_early_and_late_halves_make_the_whole() -> None:
+    for name in ("resnet18", "efficientnet_lite0"):
+        trunk, images = _lived_in(name), torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            whole, halves = trunk.maps(images), trunk.late(trunk.early(images))
+        assert torch.equal(whole.pre_relu_BDHW, halves.pre_relu_BDHW)
+        assert not torch.equal(trunk.early(images), images)
+
+
+def test_changed_weights_are_seen_at_once() -> None:
+    trunk = _lived_in("resnet18")
+    frozen, images = FrozenTrunk(trunk), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    before = frozen.maps(images, 3).post_relu_BDHW
+    with torch.no_grad():
+        trunk.last_block_convs()[0].weight.mul_(1.5)
+        expected = trunk.maps(normalise(trunk, images, torch.float32)).post_relu_BDHW
+    after = frozen.maps(images, 3).post_relu_BDHW
+    assert (after - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (after - before).abs().max() > 1e-2 * before.abs().max()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_maps_of_a_clip_do_not_depend_on_the_clips_beside_it(precision: torch.dtype) -> None:
+    frozen = FrozenTrunk(_lived_in("resnet18"))
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        together, alone = frozen.maps(images, 3), frozen.maps(images[3:], 3)
+    assert together.pre_relu_BDHW.dtype == precision
+    assert torch.equal(together.pre_relu_BDHW[3:], alone.pre_relu_BDHW)
