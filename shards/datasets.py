@@ -56,6 +56,7 @@ def scan(name: str, videos: Path, layout: Layout, splits: Path | None = None, se
     Raises ValueError for a split file that names an absent video, an unknown action or a video twice, and for a split
     with an action that has no training video.
     """
+    videos = videos.absolute()  # workers run in folders of their own
     if not videos.is_dir():
         raise ValueError(f"{videos} is no folder: give the folder that holds the videos")
     present = _video_files(videos)
