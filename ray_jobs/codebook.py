@@ -19,10 +19,11 @@ from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, open_store
 from tavlad.backbone import load_weights
-from tavlad.codebook import find_centres, sample_descriptors
+from tavlad.codebook import learn_words, sample_descriptors
 from tavlad.model import TaVlad
+from tavlad.vlad import Pca, VisualWords
 
-_CENTRES = "centres"
+_CENTRES, _PCA_MEAN, _PCA_COMPONENTS = "centres", "pca.mean", "pca.components"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,7 @@ class Codebook:
     """Where a codebook is, and the trunk weights it was made with."""
 
     uri: str
+    """Empty for a model without VLAD, which needs none."""
     trunk_weights: str
     """Provenance of the trunk's weights, with their SHA-256."""
     was_there: bool
@@ -38,16 +40,31 @@ class Codebook:
 def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> Codebook:
     """The codebook of the recipe's set and split; made by a Ray task if there is none yet."""
     connect(site)
-    console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
+    if recipe.model.temporal == "consensus":
+        console.heading(f"Trunk weights of {recipe.dataset} (no VLAD, so no codebook)")
+    else:
+        console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
     task = _make_codebook.options(num_cpus=1, num_gpus=min(1.0, recipe.resources.gpus_per_worker))
     codebook: Codebook = result_of(task.remote(site.name, recipe, split))
-    console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")
+    if codebook.uri:
+        console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")
     return codebook
 
 
-def load_codebook(uri: str, site: Site) -> torch.Tensor:
-    """The centres (K, D) of a codebook."""
-    return safetensors.torch.load(read_uri(site, uri))[_CENTRES]
+def load_codebook(uri: str, site: Site) -> VisualWords:
+    """The centres of a codebook, and its PCA if it was learned behind one."""
+    tensors = safetensors.torch.load(read_uri(site, uri))
+    pca = None
+    if _PCA_MEAN in tensors:
+        pca = Pca(mean_D=tensors[_PCA_MEAN], components_PD=tensors[_PCA_COMPONENTS])
+    return VisualWords(centres_KD=tensors[_CENTRES], pca=pca)
+
+
+def _save_words(words: VisualWords) -> bytes:
+    tensors = {_CENTRES: words.centres_KD}
+    if words.pca is not None:
+        tensors |= {_PCA_MEAN: words.pca.mean_D, _PCA_COMPONENTS: words.pca.components_PD}
+    return safetensors.torch.save(tensors)
 
 
 def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVlad, str]:
@@ -67,18 +84,20 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     store = open_store(locate_set(site, recipe.dataset), site.s3)
     index = load_index(store)
     model, provenance = build_untrained(site, recipe, len(index.actions))
+    if model.vlad is None:
+        return Codebook(uri="", trunk_weights=provenance, was_there=True)
     name = f"{_fingerprint(recipe, split, index, provenance)}.safetensors"
     codebooks = open_store(site.codebooks_uri, site.s3)
     uri = f"{site.codebooks_uri}/{name}"
     if codebooks.exists(name):
         return Codebook(uri=uri, trunk_weights=provenance, was_there=True)
-    centres_KD = _cluster(model, recipe, split, index, store)
+    words = _learn(model, recipe, split, index, store)
     # Two at once make the same bytes; whichever is first is kept.
-    codebooks.write_if_absent(name, safetensors.torch.save({_CENTRES: centres_KD}))
+    codebooks.write_if_absent(name, _save_words(words))
     return Codebook(uri=uri, trunk_weights=provenance, was_there=False)
 
 
-def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> torch.Tensor:
+def _learn(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> VisualWords:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = LoaderOptions(
         batch_size=recipe.training.batch_size,
@@ -92,7 +111,7 @@ def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Sto
     descriptors = sample_descriptors(
         model.to(device), loader.epoch(0), recipe.codebook, recipe.training.seed, recipe.training.precision
     )
-    return find_centres(descriptors, recipe.model.num_clusters, recipe.training.seed)
+    return learn_words(descriptors, recipe.model, recipe.training.seed)
 
 
 def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str) -> str:
@@ -102,6 +121,7 @@ def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str) -> s
         "trunk": provenance,
         "descriptor": recipe.model.descriptor,
         "clusters": recipe.model.num_clusters,
+        "pca": recipe.model.descriptor_pca,
         "frames": recipe.codebook.frames,
         "frames_per_video": recipe.codebook.frames_per_video,
         "crop": recipe.training.crop,

@@ -88,7 +88,8 @@ class _Trainer:
     def _model(self, index: Index) -> tuple[TaVlad, TrainState | None]:
         """The model as the newest checkpoint has it, or as training begins."""
         model, _ = build_untrained(self._site, self._recipe, len(index.actions))
-        model.vlad.initialise(load_codebook(self._codebook_uri, self._site), self._recipe.model.alpha)
+        if model.vlad is not None:
+            model.initialise(load_codebook(self._codebook_uri, self._site))
         names = self._checkpoints.names()
         resume = None
         if names:

@@ -11,9 +11,10 @@ from torch.nn.functional import normalize
 from tavlad.attention import top_down_attention
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.config import ModelConfig
-from tavlad.temporal import last_states, sum_over_time
-from tavlad.vlad import Vlad
+from tavlad.temporal import gru_states, sum_over_time
+from tavlad.vlad import DescriptorPca, VisualWords, Vlad
 
+_EPS = 1e-8  # under the power, whose slope at 0 is infinite
 _FRAMES_PER_PASS = 64  # of a trunk without gradients: bounds its memory whatever the batch
 
 
@@ -22,7 +23,7 @@ class FrameMaps:
     """What the trunk makes of a batch of clips: all that the head needs."""
 
     descriptors_BTND: Float[Tensor, "B T N D"]
-    """Descriptors of unit length, one a place."""
+    """Descriptors of unit length, one a place; without VLAD the map after the last ReLU as it is."""
     attention_BTN: Float[Tensor, "B T N"] | None
     """Top-down attention in [0, 1], or None for a model without it."""
 
@@ -39,11 +40,27 @@ class TaVlad(nn.Module):
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
         self.attention_trunk = copy.deepcopy(self.trunk) if config.attention == "frozen-cam" else None
-        self.vlad = Vlad(config.num_clusters, size)
-        self.gru = nn.GRU(size, config.gru_width, batch_first=True) if config.temporal == "gru" else None
-        width = size if self.gru is None else config.gru_width
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.num_clusters * width, num_actions)
+        self.pca = self.vlad = self.gru = None
+        width = size
+        if config.temporal != "consensus":
+            if config.descriptor_pca:
+                self.pca = DescriptorPca(size, config.descriptor_pca)
+                size = config.descriptor_pca
+            self.vlad = Vlad(config.num_clusters, size)
+            if config.temporal == "gru":
+                self.gru = nn.GRU(size, config.gru_width, batch_first=True)
+            width = config.num_clusters * (size if self.gru is None else config.gru_width)
+        self.dropout = nn.Dropout2d(config.dropout) if config.dropout_place == "cluster" else nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, num_actions)
+
+    def initialise(self, words: VisualWords) -> None:
+        """Take over the visual words: centres, assignment and PCA. Nothing to do for a model without VLAD."""
+        if self.vlad is not None:
+            self.vlad.initialise(words.centres_KD, self.config.alpha)
+        if self.pca is not None:
+            assert words.pca is not None, "the words of a model with a PCA were learned behind it"
+            self.pca.mean.copy_(words.pca.mean_D)
+            self.pca.components.copy_(words.pca.components_PD)
 
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
@@ -55,33 +72,57 @@ class TaVlad(nn.Module):
 
     def forward(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[Tensor, "B A"]:
         """Logits of each action."""
-        return self.classify(self.encode(frames_BTCHW))
+        logits_BA = self.classify(self.encode(frames_BTCHW))
+        if self.config.mirror_at_test and not self.training:
+            logits_BA = (logits_BA + self.classify(self.encode(frames_BTCHW.flip(-1)))) / 2
+        return logits_BA
 
     def encode(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> FrameMaps:
         """Descriptors and attention of every frame (steps 1-3)."""
         num_clips, num_frames = frames_BTCHW.shape[:2]
         images = frames_BTCHW.flatten(0, 1)
         maps = _run_trunk(self.trunk, images)
+        dtype = self.classifier.weight.dtype
+        if self.vlad is None:
+            places_BTND = _places(maps.post_relu_BDHW, num_clips, num_frames).to(dtype)
+            return FrameMaps(descriptors_BTND=places_BTND, attention_BTN=None)
         descriptors = maps.pre_relu_BDHW if self.config.descriptor == "pre_relu" else maps.post_relu_BDHW
-        descriptors_BTND = _places(descriptors, num_clips, num_frames)
-        x_BTND = normalize(descriptors_BTND.to(self.vlad.weight.dtype), dim=-1, eps=1e-12)
+        x_BTND = normalize(_places(descriptors, num_clips, num_frames).to(dtype), dim=-1, eps=1e-12)
         return FrameMaps(descriptors_BTND=x_BTND, attention_BTN=self._attend(images, maps, num_clips, num_frames))
 
     def classify(self, maps: FrameMaps) -> Float[Tensor, "B A"]:
         """Logits from the trunk's maps (steps 4-7)."""
-        vlad_BTKD = self.vlad(maps.descriptors_BTND, maps.attention_BTN)
-        if self.gru is None:
-            clip_BKU = sum_over_time(vlad_BTKD)
-        else:
-            # In bf16 a state depends on how many clips are computed at once; scores must not.
-            device = vlad_BTKD.device.type
-            in_bf16 = self.training and torch.is_autocast_enabled(device)
-            with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=in_bf16):
-                clip_BKU = last_states(vlad_BTKD, self.gru)
-        clip_BKU = normalize(clip_BKU.to(self.vlad.weight.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        if self.vlad is None:
+            return self._consensus(maps.descriptors_BTND)
+        x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
+        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN)
+        if self.config.dropout_place == "frame":
+            vlad_BTKD = self.dropout(vlad_BTKD)
+        clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        if self.config.dropout_place == "cluster":
+            clip_BKU = self.dropout(clip_BKU.unsqueeze(-1)).squeeze(-1)
+        if self.config.power != 1:
+            clip_BKU = clip_BKU.sign() * (clip_BKU.abs() + _EPS).pow(self.config.power)
         video = normalize(clip_BKU.flatten(1), dim=-1, eps=1e-12)
+        if self.config.dropout_place == "video":
+            video = self.dropout(video)
         with torch.autocast(video.device.type, enabled=False):
-            return self.classifier(self.dropout(video))
+            return self.classifier(video)
+
+    def _over_time(self, vlad_BTKD: Tensor) -> Tensor:
+        """(B, T, K, D) → (B, K, U), or (B, K, D) without a GRU."""
+        if self.gru is None:
+            return sum_over_time(vlad_BTKD)
+        # In bf16 a state depends on how many clips are computed at once; scores must not.
+        device = vlad_BTKD.device.type
+        in_bf16 = self.training and torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=in_bf16):
+            return gru_states(vlad_BTKD, self.gru, self.config.temporal_readout)
+
+    def _consensus(self, places_BTND: Tensor) -> Tensor:
+        """The average of the frames' logits (TSN)."""
+        with torch.autocast(places_BTND.device.type, enabled=False):
+            return self.classifier(self.dropout(places_BTND.mean(dim=2))).mean(dim=1)
 
     @torch.no_grad()
     def attention(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T h w"]:
@@ -92,7 +133,7 @@ class TaVlad(nn.Module):
         attention_BTN = self._attend(images, maps, num_clips, num_frames)
         if attention_BTN is None:
             features_BTND = _places(maps.post_relu_BDHW, num_clips, num_frames)
-            attention_BTN = top_down_attention(features_BTND, self.trunk.classifier)
+            attention_BTN = self._weigh(features_BTND, self.trunk)
         return attention_BTN.unflatten(2, tuple(maps.post_relu_BDHW.shape[2:]))
 
     def _attend(self, images: Tensor, maps: TrunkMaps, num_clips: int, num_frames: int) -> Tensor | None:
@@ -102,7 +143,11 @@ class TaVlad(nn.Module):
         if self.attention_trunk is not None:
             trunk = self.attention_trunk
             maps = _run_trunk(trunk, images)
-        return top_down_attention(_places(maps.post_relu_BDHW, num_clips, num_frames), trunk.classifier)
+        return self._weigh(_places(maps.post_relu_BDHW, num_clips, num_frames), trunk)
+
+    def _weigh(self, features_BTND: Tensor, trunk: TrunkNetwork) -> Tensor:
+        scale, temperature = self.config.attention_scale, self.config.attention_temperature
+        return top_down_attention(features_BTND, trunk.classifier, scale, temperature)
 
 
 def _places(map_BDHW: Tensor, num_clips: int, num_frames: int) -> Tensor:

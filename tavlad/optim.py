@@ -22,7 +22,7 @@ def choose_trained(model: TaVlad, stage: StageConfig) -> None:
 
 def build_optimizer(model: TaVlad, stage: StageConfig, training: TrainingConfig) -> torch.optim.Adam:
     """Adam over what may learn; the VLAD layer's tensors have no weight decay."""
-    vlad = {id(parameter) for parameter in model.vlad.parameters()}
+    vlad = set[int]() if model.vlad is None else {id(parameter) for parameter in model.vlad.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [each for each in trained if id(each) not in vlad], "weight_decay": training.weight_decay},
