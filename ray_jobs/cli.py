@@ -333,6 +333,41 @@ def attention(
 
 
 @app.command()
+def reproduce(
+    datasets: Annotated[list[str], typer.Argument(help="Packed sets: hmdb51, ucf101, or any other.")],
+    table: Annotated[int, typer.Option(min=1, max=2, help="Table 1 (split 1) or Table 2 (three splits).")] = 1,
+    rows: Annotated[list[str] | None, typer.Option(help="Recipe of a row; may be given several times.")] = None,
+    subset: Annotated[float, typer.Option(help="Share of the clips to rehearse with.")] = 1.0,
+    epochs_scale: Annotated[float, typer.Option(help="What epochs are multiplied by to rehearse.")] = 1.0,
+    change: SetOption = None,
+    to: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")] = None,
+) -> None:
+    """Run what is missing of a table of the paper; write our numbers beside the published ones. Twice is once.
+
+    Examples:
+
+    `tavlad reproduce hmdb51 --table 1 --set resources.gpus_per_worker=1`
+
+    `tavlad reproduce hmdb51 ucf101 --table 2`
+
+    `tavlad reproduce mine --subset 0.1 --epochs-scale 0.1`  (a rehearsal, and the report says so)
+    """
+    site, console = _site(), _console()
+    from ray_jobs.reproduce import ReproduceOptions
+    from ray_jobs.reproduce import reproduce as run
+
+    options = ReproduceOptions(
+        table=1 if table == 1 else 2,
+        rows=tuple(rows or ()),
+        subset=subset,
+        epochs_scale=epochs_scale,
+        changes=tuple(change or ()),
+    )
+    folder = to or Path(f"reproduce-{'-'.join(Path(name).name for name in datasets)}-table{table}")
+    console.result(run(site, datasets, options, folder, console))
+
+
+@app.command()
 def demo(
     videos: Annotated[
         Path | None, typer.Option(help="A folder per action of videos (instead of rendered ones).")

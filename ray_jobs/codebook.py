@@ -13,9 +13,9 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import locate_set, read_uri
+from ray_jobs.plan import open_set, read_uri
 from ray_jobs.recipe import Recipe
-from shards.index import Index, load_index
+from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, open_store
 from tavlad.backbone import load_weights
@@ -40,7 +40,7 @@ class Codebook:
 def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> Codebook:
     """The codebook of the recipe's set and split; made by a Ray task if there is none yet."""
     connect(site)
-    if recipe.model.temporal == "consensus":
+    if not recipe.model.has_vlad:
         console.heading(f"Trunk weights of {recipe.dataset} (no VLAD, so no codebook)")
     else:
         console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
@@ -81,8 +81,7 @@ def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVla
 @ray.remote(max_calls=1)  # its process ends, and gives the memory of the model and of k-means back
 def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     site = load_site(site_name)
-    store = open_store(locate_set(site, recipe.dataset), site.s3)
-    index = load_index(store)
+    store, index = open_set(site, recipe.dataset, recipe)
     model, provenance = build_untrained(site, recipe, len(index.actions))
     if model.vlad is None:
         return Codebook(uri="", trunk_weights=provenance, was_there=True)
@@ -118,6 +117,7 @@ def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str) -> s
     facts: dict[str, Any] = {
         "set": index.fingerprint,
         "split": split,
+        "subset": recipe.training.subset,
         "trunk": provenance,
         "descriptor": recipe.model.descriptor,
         "clusters": recipe.model.num_clusters,

@@ -14,10 +14,9 @@ import ray.train.torch
 from infra.site import Site, load_site
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.monitor import EpochDone, Monitor, Started, Stepped, UserError
-from ray_jobs.plan import TrainingPlan, checkpoint_name
-from shards.index import Index, load_index
+from ray_jobs.plan import TrainingPlan, checkpoint_name, open_set
+from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import open_store
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_checkpoint
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -65,8 +64,7 @@ class _Trainer:
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
-        store = open_store(self._plan.dataset_uri, self._site.s3)
-        index = load_index(store)
+        store, index = open_set(self._site, self._plan.dataset_uri, self._recipe)
         model, resume = self._model(index)
         train = ClipLoader(
             index, store, self._plan.split, "train", self._loader(training=True), self._world.rank, self._world.size

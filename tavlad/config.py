@@ -42,9 +42,10 @@ class ModelConfig:
     over each frame's places; M scaled to 0..1 in each frame; or the softmax over places, its largest scaled to 1."""
     attention_temperature: float = 1.0
     """What M is divided by before the sigmoid or the softmax: above 1 is flatter. Must be 1 for "minmax"."""
-    temporal: Literal["sum", "gru", "consensus"] = "gru"
-    """How the frames become one: the sum of their VLADs (ActionVLAD); K GRUs with shared weights over them; or no VLAD
-    at all, the average of the frames' own logits on average-pooled features (TSN's segment consensus)."""
+    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention"] = "gru"
+    """How the frames become one: the sum of their VLADs (ActionVLAD), or K GRUs with shared weights over them. Without
+    VLAD: the average of the frames' own logits (TSN); training on single frames, whose probabilities are averaged in
+    testing (two-stream); or an LSTM with soft attention over places."""
     temporal_readout: Literal["last", "mean"] = "last"
     """What is taken of the GRU's states: the last, as the paper, or their mean over time."""
     descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
@@ -54,7 +55,7 @@ class ModelConfig:
     descriptor_pca: int = 0
     """Size that descriptors are reduced to before VLAD, by a PCA learned with the codebook; 0: none, as the paper."""
     gru_width: int = 256
-    """U, the state size of the GRU; unused without one."""
+    """U, the state size of the GRU or LSTM; unused without one."""
     alpha: float = 1000.0
     """Sharpness of the soft assignment at the start (section 2.1)."""
     dropout: float = 0.5
@@ -70,8 +71,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         self._check_trunk()
         _require(
-            self.temporal != "consensus" or self.attention == "none",
-            'model.temporal = "consensus" has no VLAD to weigh: set model.attention = "none"',
+            self.has_vlad or self.attention == "none",
+            f'model.temporal = "{self.temporal}" has no VLAD to weigh: set model.attention = "none"',
         )
         _require(self.descriptor_pca >= 0, f"model.descriptor_pca = {self.descriptor_pca}: must not be negative")
         _require(0 < self.power <= 1, f"model.power = {self.power}: must be above 0 and at most 1")
@@ -98,10 +99,15 @@ class ModelConfig:
         )
 
     @property
+    def has_vlad(self) -> bool:
+        """Whether there is a VLAD layer, and so a codebook."""
+        return self.temporal in ("sum", "gru")
+
+    @property
     def variant(self) -> str:
         """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
-        if self.temporal == "consensus":
-            return "consensus"
+        if not self.has_vlad:
+            return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"
         if self.attention == "none":
             return "actionvlad" if self.temporal == "sum" else f"vlad-{temporal}"
@@ -141,6 +147,8 @@ class TrainingConfig:
     """Adam's epsilon."""
     weight_decay: float = 4e-5
     """Adam's L2 penalty; the VLAD layer's tensors have none."""
+    subset: float = 1.0
+    """Share of the set's clips that is used, for training and for testing: below 1 only for rehearsals."""
     label_smoothing: float = 0.0
     """Share of a clip's label that is spread over all actions in the training loss."""
     evaluate_every: int = 1
@@ -150,6 +158,7 @@ class TrainingConfig:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
+        _require(0 < self.subset <= 1, f"training.subset = {self.subset}: must be above 0 and at most 1")
         _require(
             0 <= self.label_smoothing < 1,
             f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1",

@@ -137,7 +137,7 @@ def attention_grid(
 
 def attention_overlay(
     frames_THWC: UInt8[np.ndarray, "T H W 3"], maps: Sequence[Float[np.ndarray, "T h w"]]
-) -> UInt8[np.ndarray, "T H W2 3"]:
+) -> UInt8[np.ndarray, "T H2 W2 3"]:
     """Each frame, and beside it the frame under each attention map: half frame, half viridis from 0 to 1.
 
     A place of the map covers its own rectangle of the frame, without smoothing. Sides are cut to even numbers of

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from tavlad.attention import top_down_attention
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.config import ModelConfig
+from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities, random_frame
 from tavlad.temporal import gru_states, sum_over_time
 from tavlad.vlad import DescriptorPca, VisualWords, Vlad
 
@@ -40,9 +41,12 @@ class TaVlad(nn.Module):
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
         self.attention_trunk = copy.deepcopy(self.trunk) if config.attention == "frozen-cam" else None
-        self.pca = self.vlad = self.gru = None
+        self.pca = self.vlad = self.gru = self.lstm = None
         width = size
-        if config.temporal != "consensus":
+        if config.temporal == "lstm-attention":
+            self.lstm = SoftAttentionLstm(size, config.gru_width)
+            width = config.gru_width
+        elif config.has_vlad:
             if config.descriptor_pca:
                 self.pca = DescriptorPca(size, config.descriptor_pca)
                 size = config.descriptor_pca
@@ -72,6 +76,8 @@ class TaVlad(nn.Module):
 
     def forward(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[Tensor, "B A"]:
         """Logits of each action."""
+        if self.training and self.config.temporal == "single-frame":
+            frames_BTCHW = random_frame(frames_BTCHW)
         logits_BA = self.classify(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
             logits_BA = (logits_BA + self.classify(self.encode(frames_BTCHW.flip(-1)))) / 2
@@ -93,7 +99,7 @@ class TaVlad(nn.Module):
     def classify(self, maps: FrameMaps) -> Float[Tensor, "B A"]:
         """Logits from the trunk's maps (steps 4-7)."""
         if self.vlad is None:
-            return self._consensus(maps.descriptors_BTND)
+            return self._score_frames(maps.descriptors_BTND)
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
         vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN)
         if self.config.dropout_place == "frame":
@@ -119,10 +125,14 @@ class TaVlad(nn.Module):
         with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=in_bf16):
             return gru_states(vlad_BTKD, self.gru, self.config.temporal_readout)
 
-    def _consensus(self, places_BTND: Tensor) -> Tensor:
-        """The average of the frames' logits (TSN)."""
+    def _score_frames(self, places_BTND: Tensor) -> Tensor:
+        """Logits from the frames' own scores, (B, T, N, D) → (B, A)."""
         with torch.autocast(places_BTND.device.type, enabled=False):
-            return self.classifier(self.dropout(places_BTND.mean(dim=2))).mean(dim=1)
+            features_BTX = places_BTND.mean(dim=2) if self.lstm is None else self.lstm(places_BTND)
+            logits_BTA = self.classifier(self.dropout(features_BTX))
+            if self.config.temporal == "single-frame":
+                return mean_of_probabilities(logits_BTA)
+            return logits_BTA.mean(dim=1)
 
     @torch.no_grad()
     def attention(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T h w"]:

@@ -9,7 +9,7 @@ from tavlad.model import TaVlad
 def choose_trained(model: TaVlad, stage: StageConfig) -> None:
     """Let gradients reach what the stage trains, and nothing else."""
     model.requires_grad_(False)
-    for module in (model.classifier, model.gru, *([model.vlad] if stage.vlad else [])):
+    for module in (model.classifier, model.gru, model.lstm, *([model.vlad] if stage.vlad else [])):
         if module is not None:
             module.requires_grad_(True)
     if stage.fc and model.config.attention == "cam":
