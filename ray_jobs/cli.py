@@ -323,6 +323,79 @@ def predict(
 
 
 @app.command()
+def attention(
+    model: Annotated[str, typer.Argument(help="NAME@best, NAME/VERSION or a model's directory.")],
+    clips: Annotated[list[Path], typer.Option(help="A video file; may be given several times.")],
+    to: Annotated[Path, typer.Option(help="Folder for attention.png and an MP4 a video.")] = Path("attention"),
+) -> None:
+    """Show where a model looks, beside where the untouched ImageNet trunk does (Figure 3); viridis, from 0 to 1.
+
+    Example: `tavlad attention tavlad-hmdb51-split1@best --clips golf.avi --clips hug.avi --to figure3/`
+    """
+    from functools import partial
+
+    from ray_jobs.attention import draw_attention
+    from ray_jobs.plan import read_uri
+
+    console = _console()
+    is_directory = Path(model).is_dir()  # which needs no services
+    site = None if is_directory else _site(["s3", "mlflow"])
+    read_bytes = partial(read_uri, site) if site is not None else None
+    drawn = draw_attention("" if site is None else site.mlflow_uri, model, clips, to, console, read_bytes)
+    console.table(
+        ["attention of", "mean", "places above 0.5"],
+        [
+            ["ImageNet trunk", f"{drawn.mean_before:.2f}", f"{drawn.above_half_before:.1%}"],
+            ["trained model", f"{drawn.mean_after:.2f}", f"{drawn.above_half_after:.1%}"],
+        ],
+    )
+    console.say(f"{drawn.grid} and {len(drawn.overlays)} MP4 beside it")
+    console.result(
+        {
+            "grid": str(drawn.grid),
+            "overlays": [str(path) for path in drawn.overlays],
+            "mean": {"imagenet": drawn.mean_before, "trained": drawn.mean_after},
+            "above_half": {"imagenet": drawn.above_half_before, "trained": drawn.above_half_after},
+        }
+    )
+
+
+@app.command()
+def reproduce(
+    datasets: Annotated[list[str], typer.Argument(help="Packed sets: hmdb51, ucf101, or any other.")],
+    table: Annotated[int, typer.Option(min=1, max=2, help="Table 1 (split 1) or Table 2 (three splits).")] = 1,
+    rows: Annotated[list[str] | None, typer.Option(help="Recipe of a row; may be given several times.")] = None,
+    subset: Annotated[float, typer.Option(help="Share of the clips to rehearse with.")] = 1.0,
+    epochs_scale: Annotated[float, typer.Option(help="What epochs are multiplied by to rehearse.")] = 1.0,
+    change: SetOption = None,
+    to: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")] = None,
+) -> None:
+    """Run what is missing of a table of the paper; write our numbers beside the published ones. Twice is once.
+
+    Examples:
+
+    `tavlad reproduce hmdb51 --table 1 --set resources.gpus_per_worker=1`
+
+    `tavlad reproduce hmdb51 ucf101 --table 2`
+
+    `tavlad reproduce mine --subset 0.1 --epochs-scale 0.1`  (a rehearsal, and the report says so)
+    """
+    site, console = _site(), _console()
+    from ray_jobs.reproduce import ReproduceOptions
+    from ray_jobs.reproduce import reproduce as run
+
+    options = ReproduceOptions(
+        table=1 if table == 1 else 2,
+        rows=tuple(rows or ()),
+        subset=subset,
+        epochs_scale=epochs_scale,
+        changes=tuple(change or ()),
+    )
+    folder = to or Path(f"reproduce-{'-'.join(Path(name).name for name in datasets)}-table{table}")
+    console.result(run(site, datasets, options, folder, console))
+
+
+@app.command()
 def demo(
     videos: Annotated[
         Path | None, typer.Option(help="A folder per action of videos (instead of rendered ones).")

@@ -15,16 +15,17 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import locate_set, read_uri
+from ray_jobs.plan import open_set, read_uri
 from ray_jobs.recipe import Recipe
-from shards.index import Index, load_index
+from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, open_store
 from tavlad.backbone import load_weights
-from tavlad.codebook import descriptors_of, find_centres, sample_maps
+from tavlad.codebook import descriptors_of, learn_words, sample_maps
 from tavlad.model import TaVlad
+from tavlad.vlad import Pca, VisualWords
 
-_CENTRES = "centres"
+_CENTRES, _PCA_MEAN, _PCA_COMPONENTS = "centres", "pca.mean", "pca.components"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,7 @@ class Codebook:
     """Where a codebook is, and the trunk weights it was made with."""
 
     uri: str
+    """Empty for a model without VLAD, which needs none."""
     trunk_weights: str
     """Provenance of the trunk's weights, with their SHA-256."""
     was_there: bool
@@ -40,16 +42,31 @@ class Codebook:
 def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> Codebook:
     """The codebook of the recipe's set and split; made by a Ray task if there is none yet."""
     connect(site)
-    console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
+    if not recipe.model.has_vlad:
+        console.heading(f"Trunk weights of {recipe.dataset} (no VLAD, so no codebook)")
+    else:
+        console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
     task = _make_codebook.options(num_cpus=1, num_gpus=min(1.0, recipe.resources.gpus_per_worker))
     codebook: Codebook = result_of(task.remote(site.name, recipe, split))
-    console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")
+    if codebook.uri:
+        console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")
     return codebook
 
 
-def load_codebook(uri: str, site: Site) -> torch.Tensor:
-    """The centres (K, D) of a codebook."""
-    return safetensors.torch.load(read_uri(site, uri))[_CENTRES]
+def load_codebook(uri: str, site: Site) -> VisualWords:
+    """The centres of a codebook, and its PCA if it was learned behind one."""
+    tensors = safetensors.torch.load(read_uri(site, uri))
+    pca = None
+    if _PCA_MEAN in tensors:
+        pca = Pca(mean_D=tensors[_PCA_MEAN], components_PD=tensors[_PCA_COMPONENTS])
+    return VisualWords(centres_KD=tensors[_CENTRES], pca=pca)
+
+
+def _save_words(words: VisualWords) -> bytes:
+    tensors = {_CENTRES: words.centres_KD}
+    if words.pca is not None:
+        tensors |= {_PCA_MEAN: words.pca.mean_D, _PCA_COMPONENTS: words.pca.components_PD}
+    return safetensors.torch.save(tensors)
 
 
 def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVlad, str]:
@@ -66,9 +83,10 @@ def build_untrained(site: Site, recipe: Recipe, num_actions: int) -> tuple[TaVla
 @ray.remote(max_calls=1)  # its process ends, and gives the memory of the model and of k-means back
 def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     site = load_site(site_name)
-    store = open_store(locate_set(site, recipe.dataset), site.s3)
-    index = load_index(store)
+    store, index = open_set(site, recipe.dataset, recipe)
     model, provenance = build_untrained(site, recipe, len(index.actions))
+    if model.vlad is None:
+        return Codebook(uri="", trunk_weights=provenance, was_there=True)
     name = f"{_fingerprint(recipe, split, index, provenance)}.safetensors"
     codebooks = open_store(site.codebooks_uri, site.s3)
     uri = f"{site.codebooks_uri}/{name}"
@@ -80,9 +98,9 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     else:
         maps = _sample(model, recipe, split, index, store)
         codebooks.write_if_absent(sample_name, _npy(maps))
-    centres_KD = find_centres(descriptors_of(maps), recipe.model.num_clusters, recipe.training.seed)
+    words = learn_words(descriptors_of(maps), recipe.model, recipe.training.seed)
     # Two at once make the same bytes; whichever is first is kept.
-    codebooks.write_if_absent(name, safetensors.torch.save({_CENTRES: centres_KD}))
+    codebooks.write_if_absent(name, _save_words(words))
     return Codebook(uri=uri, trunk_weights=provenance, was_there=False)
 
 
@@ -113,9 +131,11 @@ def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str, *, o
     facts: dict[str, Any] = {
         "set": index.fingerprint,
         "split": split,
+        "subset": recipe.training.subset,
         "trunk": provenance,
         "descriptor": recipe.model.descriptor,
         "clusters": 0 if of_sample else recipe.model.num_clusters,
+        "pca": 0 if of_sample else recipe.model.descriptor_pca,
         "dtype": recipe.features.dtype,
         "frames": recipe.codebook.frames,
         "frames_per_video": recipe.codebook.frames_per_video,

@@ -88,25 +88,23 @@ class FeatureBatches:
 
     def _stacked(self, entries: list[Entry]) -> Features:
         if not entries:
-            facts = self._features.facts
-            frames, size, side = (int(facts[name]) for name in ("num_frames", "size", "side"))
-            maps = torch.empty(0, frames, size, side, side)
-            return Features(maps, torch.empty(0, frames, side, side))
+            frames, size, height, width = self._features.shape
+            return Features(torch.empty(0, frames, size, height, width), torch.empty(0, frames, height, width))
+        activations = [entry.activation_THW for entry in entries if entry.activation_THW is not None]
         return Features(
             torch.from_numpy(np.stack([entry.map_TDHW for entry in entries])),
-            torch.from_numpy(np.stack([entry.activation_THW for entry in entries])),
+            torch.from_numpy(np.stack(activations)) if activations else None,
         )
 
 
 def entries_of(features: Features, dtype: np.dtype) -> Iterator[Entry]:
     """A batch's features as they are stored. ValueError where a value is beyond the range of `dtype`."""
-    assert features.activation_BTHW is not None, "stored features have an activation"
-    maps = features.maps_BTDHW.float().cpu().numpy().astype(dtype)
-    activations = features.activation_BTHW.float().cpu().numpy()
-    for map_TDHW, activation_THW in zip(maps, activations, strict=True):
-        if not np.isfinite(map_TDHW).all():
-            raise ValueError(
-                f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from '
-                'frames (stage1.features = "never")'
-            )
-        yield Entry(map_TDHW, activation_THW)
+    maps = features.maps_BTDHW.float().cpu().numpy()
+    activations = None if features.activation_BTHW is None else features.activation_BTHW.float().cpu().numpy()
+    if np.abs(maps).max(initial=0.0) > np.finfo(dtype).max:
+        raise ValueError(
+            f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from frames '
+            '(stage1.features = "never")'
+        )
+    for row, map_TDHW in enumerate(maps.astype(dtype)):
+        yield Entry(map_TDHW, None if activations is None else activations[row])

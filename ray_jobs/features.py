@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import time
 import uuid
@@ -17,10 +16,10 @@ from ray_jobs.cluster import connect, result_of
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.feature_batches import entries_of
-from ray_jobs.plan import TrainingPlan, locate_set
+from ray_jobs.plan import TrainingPlan, open_set
 from ray_jobs.recipe import Recipe
 from shards.features import CENTRE_SLOT, FeatureSet, FeatureShard, FeatureTable, fingerprint, other_sets
-from shards.index import Index, load_index
+from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
 from shards.read_ahead import read_ahead
 from shards.store import Store, open_store
@@ -53,8 +52,7 @@ class Filled:
 def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None, console: Console) -> Filled:
     """Fill the feature set of the recipe's data set and trunk with what `split` needs; what is there is kept."""
     num_views = num_views or recipe.training.num_views
-    store = open_store(locate_set(site, recipe.dataset), site.s3)
-    index = load_index(store)
+    _, index = open_set(site, recipe.dataset, recipe)
     connect(site)
     model, provenance = build_untrained(site, recipe, len(index.actions))
     features = feature_set(site, recipe, index, model, provenance)
@@ -84,20 +82,25 @@ def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None,
 def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
     """The feature set of a data set, a trunk and the way it is run; empty until filled."""
     training = recipe.training
+    blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8)
+    with torch.no_grad():
+        size, height, width = model.features(blank, with_activation=False).maps_BTDHW.shape[2:]
     facts: dict[str, str | int] = {
         "format": _FORMAT,
         "name": index.name,
         "dataset": index.fingerprint,
+        "subset": str(training.subset),
         # Random weights are a function of the seed.
         "weights": provenance if recipe.model.weights != "none" else f"{provenance} seed {training.seed}",
-        "descriptor": recipe.model.descriptor,
+        "map": model.described_map,
         "precision": training.precision,
         "dtype": recipe.features.dtype,
         "crop": training.crop,
         "views": f"{len(VIEWS)} of 4 scales, 5 places, 2 flips",
         "num_frames": index.num_frames,
-        "size": model.trunk.feature_size,
-        "side": math.ceil(training.crop / 32),
+        "size": size,
+        "height": height,
+        "width": width,
     }
     name = f"{index.name}-{fingerprint(facts)[:16]}"
     return FeatureSet(open_store(f"{site.features_uri}/{name}", site.s3), facts)
@@ -127,9 +130,10 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, frames_BTCHW: torch.Tensor) -> Features:
-        """The features of clips, with their activation."""
+        """The features of clips, with their activation if the trunk has one."""
         with autocast(self._device, self._precision):
-            return self._model.features(frames_BTCHW.to(self._device), with_activation=True)
+            has_activation = self._model.trunk.has_activation_maps
+            return self._model.features(frames_BTCHW.to(self._device), with_activation=has_activation)
 
     def seconds_per_clip(self, frames_BTCHW: torch.Tensor) -> float:
         """Measured, after a run that warms up."""
@@ -188,8 +192,7 @@ class _Filler:
     def __init__(self, site_name: str, recipe: Recipe, features: FeatureSet) -> None:
         torch.set_num_threads(max(1, int(recipe.resources.cpus_per_worker)))
         site = load_site(site_name)
-        store = open_store(locate_set(site, recipe.dataset), site.s3)
-        self._index = load_index(store)
+        store, self._index = open_set(site, recipe.dataset, recipe)
         self._features = features
         model, _ = build_untrained(site, recipe, len(self._index.actions))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

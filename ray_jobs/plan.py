@@ -7,8 +7,8 @@ from typing import Literal
 from infra.site import Site
 from ray_jobs.checkpoints import Checkpoints
 from ray_jobs.recipe import Recipe
-from shards.index import Index, load_index
-from shards.store import open_store
+from shards.index import Index, load_index, share_of
+from shards.store import Store, open_store
 from tavlad.config import StageConfig
 
 _RESULT_FORMAT = 1  # raise it when the same recipe would no longer compute the same
@@ -63,6 +63,12 @@ def locate_set(site: Site, dataset: str) -> str:
     return dataset if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
 
 
+def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
+    """The set a recipe trains on, or the share of it that the recipe rehearses with."""
+    store = open_store(locate_set(site, dataset), site.s3)
+    return store, share_of(load_index(store), recipe.training.subset)
+
+
 def checkpoint_name(stage: int, epoch: int) -> str:
     """The checkpoint after an epoch (from 1); names sort in the order of training."""
     return f"stage{stage}-epoch{epoch:05d}"
@@ -71,7 +77,7 @@ def checkpoint_name(stage: int, epoch: int) -> str:
 def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
     """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
     dataset_uri = locate_set(site, recipe.dataset)
-    index = load_index(open_store(dataset_uri, site.s3))
+    _, index = open_set(site, recipe.dataset, recipe)
     for part in ("train", "test"):
         index.clips(split, part)  # refuses a part without clips
     if recipe.stage1.epochs + recipe.stage2.epochs == 0:

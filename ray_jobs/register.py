@@ -152,7 +152,8 @@ def register_training(
             records.log_epoch(row)
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
-        _draw_attention(site, plan, index, directory, Path(folder) / "attention.png")
+        if plan.recipe.model.trunk != "vgg16":  # which has no activation maps
+            _draw_attention(site, plan, index, directory, Path(folder) / "attention.png")
         _log_artifacts(records.parent, plan, index, scores, history, Path(folder))
         run_id = records.parent.run_id(_SECONDS_FOR_DELIVERY)
         with tempfile.TemporaryDirectory(prefix="tavlad-") as code:
@@ -169,7 +170,7 @@ def register_training(
                     "training": plan.name,
                 },
                 accuracy=scores.top(1),
-                code=stage_code(Path(code)),
+                code=stage_code(Path(code), plan.recipe.model.trunk),
             )
     records.finish()
     moved = "now best" if model.is_best else "best stays where it is"

@@ -1,8 +1,7 @@
 """The demo's report: one HTML file that needs nothing else, readable in light and dark and on paper."""
 
-import base64
 import html
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ray_jobs.page import image, percent, table, write_page
 from shards.clip_bytes import encode_jpeg
 from tavlad import figures
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; break-after: avoid; }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1rem .3rem 0; }
-th { border-bottom: 2px solid; } td { border-bottom: 1px solid #8884; } .number { text-align: right; }
-img { max-width: 100%; background: white; } code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
-.wide { overflow-x: auto; }
-figure { margin: 0 0 1.2rem; break-inside: avoid; } figcaption { margin-bottom: .3rem; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
-.right { color: #2a7d3f; } .wrong { color: #c0392b; }
-@media (prefers-color-scheme: dark) { .right { color: #6fcf8a; } .wrong { color: #ff8a7a; } }
-@media print { body { max-width: none; margin: 0; font-size: 11pt; } .right, .wrong { color: inherit; } }
-"""
 _MANY_ACTIONS = 20
 """Above this, names are not listed and each confusion matrix takes the whole width."""
 
@@ -99,20 +85,10 @@ def write_report(path: Path, report: DemoReport) -> None:
         "<h2>Training</h2>",
         *map(_curves, report.models),
         "<h2>Where the time went</h2>",
-        _table(["step", "seconds"], [[html.escape(step.name), f"{step.seconds:.1f}"] for step in report.steps], {1}),
+        table(["step", "seconds"], [[html.escape(step.name), f"{step.seconds:.1f}"] for step in report.steps], {1}),
         _next_steps(report),
     ]
-    text = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>tavlad: {html.escape(report.dataset)}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_page(path, f"tavlad: {report.dataset}", sections)
 
 
 def _names(actions: Sequence[str]) -> str:
@@ -126,15 +102,15 @@ def _models(models: Sequence[DemoModel]) -> str:
             html.escape(model.variant),
             html.escape(model.temporal),
             str(model.split),
-            _percent(model.test_top1),
-            _percent(model.test_mean_class),
-            "–" if model.within_pair_top1 is None else _percent(model.within_pair_top1),
+            percent(model.test_top1),
+            percent(model.test_mean_class),
+            "–" if model.within_pair_top1 is None else percent(model.within_pair_top1),
             f'<a href="{html.escape(model.run_url)}">{html.escape(model.name)} v{html.escape(model.version)}</a>'
             + (" <b>best</b>" if model.is_best else ""),
         ]
         for model in models
     ]
-    return _table(columns, rows, {3, 4, 5})
+    return table(columns, rows, {3, 4, 5})
 
 
 def _pair_note(models: Sequence[DemoModel]) -> str:
@@ -153,7 +129,7 @@ def _title(model: DemoModel) -> str:
 def _confusions(report: DemoReport) -> str:
     shown = "".join(
         f"<figure><figcaption>{_title(model)}</figcaption>"
-        + _image(figures.png(figures.confusion_matrix(model.confusion_AA, report.actions)), "png", "confusion matrix")
+        + image(figures.png(figures.confusion_matrix(model.confusion_AA, report.actions)), "png", "confusion matrix")
         + "</figure>"
         for model in report.models
     )
@@ -161,7 +137,7 @@ def _confusions(report: DemoReport) -> str:
 
 
 def _curves(model: DemoModel) -> str:
-    picture = _image(figures.png(figures.training_curves(model.epochs)), "png", "training curves")
+    picture = image(figures.png(figures.training_curves(model.epochs)), "png", "training curves")
     return f"<figure><figcaption>{_title(model)}</figcaption>{picture}</figure>"
 
 
@@ -171,11 +147,11 @@ def _filmstrip(strip: Filmstrip) -> str:
     row_HWC = np.concatenate(list(framed_THWC), axis=1)[:, :-4]
     jpeg = encode_jpeg(torch.from_numpy(row_HWC).permute(2, 0, 1).contiguous(), quality=85)
     is_right = strip.predicted_action == strip.true_action
-    said = f"{html.escape(strip.predicted_action)} ({_percent(strip.probability)})"
+    said = f"{html.escape(strip.predicted_action)} ({percent(strip.probability)})"
     return (
         f"<figure><figcaption>shows <b>{html.escape(strip.true_action)}</b>, predicted "
         f'<b class="{"right" if is_right else "wrong"}">{"" if is_right else "✗ "}{said}</b></figcaption>'
-        f"{_image(jpeg, 'jpeg', strip.true_action)}</figure>"
+        f"{image(jpeg, 'jpeg', strip.true_action)}</figure>"
     )
 
 
@@ -190,23 +166,3 @@ def _next_steps(report: DemoReport) -> str:
         "<li>Train on videos of your own: <code>make demo VIDEOS=DIR</code>, a folder per action</li>"
         "<li>Stop the services: <code>tavlad down</code></li></ul>"
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """A table of cells that are HTML already; the columns `numbers` are set to the right."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        marked = (f'<{tag} class="number">' if place in numbers else f"<{tag}>" for place in range(len(cells)))
-        return "<tr>" + "".join(f"{mark}{cell}</{tag}>" for mark, cell in zip(marked, cells, strict=True)) + "</tr>"
-
-    head = line("th", [html.escape(column) for column in columns])
-    body = "".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _image(data: bytes, kind: str, name: str) -> str:
-    return f'<img alt="{html.escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}&nbsp;%"

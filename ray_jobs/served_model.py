@@ -146,13 +146,15 @@ def _load_pyfunc(data_path: str) -> ServedModel:  # pyright: ignore[reportUnused
     return ServedModel(Path(data_path))
 
 
-def stage_code(destination: Path) -> "ServedCode":
+def stage_code(destination: Path, trunk: str = "") -> "ServedCode":
     """Copy this module and those it imports into `destination`, and say how they are to be served.
 
-    Only what is imported at the top of a module counts: imports inside functions are for other uses of it.
+    Only what is imported at the top of a module counts: imports inside functions are for other uses of it. `trunk` is
+    the model's, for one of timm's needs timm.
     """
     from tavlad.registry import ServedCode
 
+    packages = (*_PACKAGES, "timm") if trunk.startswith("timm:") else _PACKAGES
     root = Path(__file__).resolve().parents[1]
     for module in _imported_modules(root):
         copy = destination / module.relative_to(root)
@@ -161,7 +163,7 @@ def stage_code(destination: Path) -> "ServedCode":
     return ServedCode(
         loader_module=__name__,
         code_paths=tuple(destination / room for room in _ROOMS),
-        pip_requirements=tuple(f"{package}=={version(package).partition('+')[0]}" for package in _PACKAGES),
+        pip_requirements=tuple(f"{package}=={version(package).partition('+')[0]}" for package in packages),
         outputs=COLUMNS,
         params={"top": DEFAULT_TOP},
     )

@@ -16,11 +16,10 @@ from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches
 from ray_jobs.features import Extractor, decide_once, feature_set
 from ray_jobs.monitor import EpochDone, Monitor, Said, Started, Stepped, UserError
-from ray_jobs.plan import TrainingPlan, checkpoint_name
+from ray_jobs.plan import TrainingPlan, checkpoint_name, open_set
 from shards.features import FeatureSet
-from shards.index import Index, load_index
+from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import open_store
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_checkpoint
 from tavlad.config import StageConfig
 from tavlad.metrics import Scores
@@ -69,8 +68,7 @@ class _Trainer:
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
-        store = open_store(self._plan.dataset_uri, self._site.s3)
-        index = load_index(store)
+        store, index = open_set(self._site, self._plan.dataset_uri, self._recipe)
         model, resume = self._model(index)
         split, rank, size = self._plan.split, self._world.rank, self._world.size
         train = ClipLoader(index, store, split, "train", self._loader(training=True), rank, size)
@@ -89,11 +87,13 @@ class _Trainer:
                 fit(model, plan, train, test, listeners, state, self._world)
             else:
                 extract = self._extractor(model)
+                # The mirror image of a clip is not among what is stored for testing.
+                mirrored = self._recipe.model.mirror_at_test
                 fit(
                     model,
                     plan,
                     FeatureBatches(train, features, split, extract),
-                    FeatureBatches(test, features, split, extract),
+                    test if mirrored else FeatureBatches(test, features, split, extract),
                     listeners,
                     state,
                     self._world,
@@ -120,7 +120,8 @@ class _Trainer:
     def _model(self, index: Index) -> tuple[TaVlad, TrainState | None]:
         """The model as the newest checkpoint has it, or as training begins."""
         model, _ = build_untrained(self._site, self._recipe, len(index.actions))
-        model.vlad.initialise(load_codebook(self._codebook_uri, self._site), self._recipe.model.alpha)
+        if model.vlad is not None:
+            model.initialise(load_codebook(self._codebook_uri, self._site))
         names = self._checkpoints.names()
         resume = None
         if names:

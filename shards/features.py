@@ -52,7 +52,8 @@ class Entry(NamedTuple):
     """The features of one clip in one view."""
 
     map_TDHW: Float[np.ndarray, "T D h w"]
-    activation_THW: Float[np.ndarray, "T h w"]
+    activation_THW: Float[np.ndarray, "T h w"] | None
+    """None for a trunk that has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +117,14 @@ class FeatureSet:
     @property
     def entry_bytes(self) -> int:
         """Bytes of one clip in one view, about."""
-        frames, size, places = int(self.facts["num_frames"]), int(self.facts["size"]), int(self.facts["side"]) ** 2
-        return frames * places * (size * self.dtype.itemsize + 4)
+        frames, size, height, width = self.shape
+        return frames * height * width * (size * self.dtype.itemsize + 4)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """T, D, h, w of an entry's map."""
+        frames, size, height, width = (int(self.facts[name]) for name in ("num_frames", "size", "height", "width"))
+        return frames, size, height, width
 
     def missing(self, shards: Sequence[FeatureShard]) -> list[FeatureShard]:
         """Those not yet written whole."""
@@ -169,8 +176,8 @@ class FeatureSet:
         if hashlib.sha256(members).hexdigest() != place.sha256:
             where = f"{self.store.uri}/{place.shard}"
             raise BadClip(f"features {place.key} in {where} are not what was written: {self._remedy}")
-        map_npy, activation_npy = read_tar_members(members)
-        return Entry(_from_npy(map_npy), _from_npy(activation_npy))
+        map_npy, *activation_npy = read_tar_members(members)
+        return Entry(_from_npy(map_npy), _from_npy(activation_npy[0]) if activation_npy else None)
 
     def through(self) -> "Through":
         """For a training that writes what it computes."""
@@ -220,7 +227,9 @@ class _Shard:
         self.size = 0
 
     def add(self, key: str, slot: int, entry: Entry) -> None:
-        files = {"map.npy": _to_npy(entry.map_TDHW), "activation.npy": _to_npy(entry.activation_THW)}
+        files = {"map.npy": _to_npy(entry.map_TDHW)}
+        if entry.activation_THW is not None:
+            files["activation.npy"] = _to_npy(entry.activation_THW)
         members = tar_members(f"{key}@{slot:02d}", files)
         digest = hashlib.sha256(members).hexdigest()
         place = {"shard": self.path, "offset": self.size, "length": len(members), "sha256": digest}

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +122,27 @@ class Index:
         if not rows.num_rows:
             raise ValueError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
         return ClipTable.of(rows)
+
+
+def share_of(index: Index, share: float) -> Index:
+    """A part of a set for rehearsals: of each action in each part of each split about this share, at least one clip.
+
+    Which clips depends on their keys alone, so that a smaller share is a part of a larger one.
+    """
+    if share >= 1:
+        return index
+    table = index.clips_table.table
+    keys = table["key"].to_pylist()
+    order = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
+    kept: set[int] = set()
+    for split in range(1, NUM_SPLITS + 1):
+        cells: dict[tuple[str, int], list[int]] = {}
+        parts = table[f"split{split}"].to_pylist()
+        for row in order:
+            cells.setdefault((parts[row], int(index.clips_table.labels_N[row])), []).append(row)
+        for rows in cells.values():
+            kept.update(rows[: math.ceil(share * len(rows))])
+    return replace(index, clips_table=ClipTable.of(table.take(pa.array(sorted(kept)))))
 
 
 def rows_where(table: pa.Table, column: str, value: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The K visual words: k-means over descriptors of random training frames (METHOD, step 1)."""
+"""The K visual words: k-means over descriptors of random training frames (METHOD, step 1), after a PCA if asked for."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from torch.nn.functional import normalize
 
 from tavlad.clip import ClipBatch
-from tavlad.config import CodebookConfig
+from tavlad.config import CodebookConfig, ModelConfig
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
+from tavlad.vlad import DescriptorPca, Pca, VisualWords
 
 
 @torch.no_grad()
@@ -64,6 +66,32 @@ def random_frames(seed: int, key: str, num_frames: int, count: int) -> list[int]
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
     return sorted(generator.choice(num_frames, size=min(count, num_frames), replace=False).tolist())
+
+
+def learn_words(descriptors: Float32[np.ndarray, "M D"], config: ModelConfig, seed: int) -> VisualWords:
+    """The visual words of a configuration: a PCA if it asks for one, and the centres of what comes out of it."""
+    if not config.descriptor_pca:
+        return VisualWords(centres_KD=find_centres(descriptors, config.num_clusters, seed))
+    pca = find_pca(descriptors, config.descriptor_pca, seed)
+    layer = DescriptorPca(descriptors.shape[1], config.descriptor_pca)
+    layer.mean.copy_(pca.mean_D)
+    layer.components.copy_(pca.components_PD)
+    reduced = layer(torch.from_numpy(descriptors)[None, None])[0, 0].numpy()
+    return VisualWords(centres_KD=find_centres(reduced, config.num_clusters, seed), pca=pca)
+
+
+def find_pca(descriptors: Float32[np.ndarray, "M D"], size: int, seed: int) -> Pca:
+    """The `size` directions of largest variance, not whitened."""
+    if len(descriptors) < size:
+        raise ValueError(
+            f"{len(descriptors)} descriptors cannot give {size} directions: lower model.descriptor_pca, or raise "
+            "codebook.frames and codebook.frames_per_video"
+        )
+    fitted = PCA(n_components=size, random_state=seed).fit(descriptors)
+    return Pca(
+        mean_D=torch.from_numpy(np.asarray(fitted.mean_, dtype=np.float32)),
+        components_PD=torch.from_numpy(np.asarray(fitted.components_, dtype=np.float32)),
+    )
 
 
 def find_centres(descriptors: Float32[np.ndarray, "M D"], num_clusters: int, seed: int) -> Float[torch.Tensor, "K D"]:

@@ -8,7 +8,17 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 Config = TypeVar("Config")
 
-Trunk = Literal["resnet18", "resnet34", "resnet50", "efficientnet_lite0"]
+TRUNKS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "efficientnet_lite0",
+    "densenet121",
+    "squeezenet1_1",
+    "googlenet",
+    "vgg16",
+)
+"""The trunks with a name of their own; "timm:NAME" is any fitting one of timm's."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -20,34 +30,84 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
-    trunk: Trunk = "resnet34"
-    """The frame network, an ImageNet classifier with global average pooling and one linear layer."""
+    trunk: str = "resnet34"
+    """The frame network, an ImageNet classifier with global average pooling and one linear layer: one of `TRUNKS`, or
+    "timm:NAME". vgg16 has three linear layers: no attention."""
     weights: str = "imagenet"
     """Its weights: "imagenet", "none" (random, from the seed), a path or an s3:// URI."""
     attention: Literal["none", "cam", "frozen-cam"] = "cam"
     """Top-down attention: none; from the trunk itself; or from a second, never fine-tuned copy of the trunk."""
-    temporal: Literal["sum", "gru"] = "gru"
-    """How the frames' VLADs become one: their sum (ActionVLAD) or the last state of K GRUs with shared weights."""
+    attention_scale: Literal["sigmoid", "standardised", "minmax", "softmax"] = "sigmoid"
+    """From the class activation map M to weights in [0, 1]: sigmoid(M), as the paper; the sigmoid of M standardised
+    over each frame's places; M scaled to 0..1 in each frame; or the softmax over places, its largest scaled to 1."""
+    attention_temperature: float = 1.0
+    """What M is divided by before the sigmoid or the softmax: above 1 is flatter. Must be 1 for "minmax"."""
+    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention"] = "gru"
+    """How the frames become one: the sum of their VLADs (ActionVLAD), or K GRUs with shared weights over them. Without
+    VLAD: the average of the frames' own logits (TSN); training on single frames, whose probabilities are averaged in
+    testing (two-stream); or an LSTM with soft attention over places."""
+    temporal_readout: Literal["last", "mean"] = "last"
+    """What is taken of the GRU's states: the last, as the paper, or their mean over time."""
     descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
     """Side of the last ReLU the descriptors come from (ActionVLAD: before); the attention uses the map after it."""
     num_clusters: int = 64
     """K, the visual words of the codebook."""
+    descriptor_pca: int = 0
+    """Size that descriptors are reduced to before VLAD, by a PCA learned with the codebook; 0: none, as the paper."""
     gru_width: int = 256
-    """U, the state size of the GRU; unused by temporal = "sum"."""
+    """U, the state size of the GRU or LSTM; unused without one."""
     alpha: float = 1000.0
     """Sharpness of the soft assignment at the start (section 2.1)."""
     dropout: float = 0.5
-    """Probability of dropping an element of the video descriptor before the classifier."""
+    """Probability of dropping an element of what `dropout_place` names."""
+    dropout_place: Literal["video", "cluster", "frame"] = "video"
+    """The video descriptor before the classifier, as the paper; whole clusters of it; or each frame's VLAD."""
+    power: float = 1.0
+    """The video descriptor's elements become sign(v)|v|^power before its last normalisation; 0.5 is the signed square
+    root, 1 the paper."""
+    mirror_at_test: bool = False
+    """Average the logits of a clip and of its mirror image when not training."""
 
     def __post_init__(self) -> None:
+        self._check_trunk()
+        _require(
+            self.has_vlad or self.attention == "none",
+            f'model.temporal = "{self.temporal}" has no VLAD to weigh: set model.attention = "none"',
+        )
+        _require(self.descriptor_pca >= 0, f"model.descriptor_pca = {self.descriptor_pca}: must not be negative")
+        _require(0 < self.power <= 1, f"model.power = {self.power}: must be above 0 and at most 1")
+        _require(
+            self.attention_temperature > 0,
+            f"model.attention_temperature = {self.attention_temperature}: must be above 0",
+        )
+        _require(
+            self.attention_scale != "minmax" or self.attention_temperature == 1,
+            'model.attention_temperature must be 1 with model.attention_scale = "minmax", which it would not change',
+        )
         _require(self.num_clusters >= 1, f"model.num_clusters = {self.num_clusters}: must be at least 1")
         _require(self.gru_width >= 1, f"model.gru_width = {self.gru_width}: must be at least 1")
         _require(self.alpha > 0, f"model.alpha = {self.alpha}: must be above 0 (the paper uses 1000)")
         _require(0 <= self.dropout < 1, f"model.dropout = {self.dropout}: must be at least 0 and below 1")
 
+    def _check_trunk(self) -> None:
+        known = self.trunk in TRUNKS or self.trunk.startswith("timm:")
+        names = ", ".join(map(repr, (*TRUNKS, "timm:NAME")))
+        _require(known, f"model.trunk = {self.trunk!r}: must be one of {names}")
+        _require(
+            self.trunk != "vgg16" or self.attention == "none",
+            'model.trunk = "vgg16" has no class activation map: set model.attention = "none"',
+        )
+
+    @property
+    def has_vlad(self) -> bool:
+        """Whether there is a VLAD layer, and so a codebook."""
+        return self.temporal in ("sum", "gru")
+
     @property
     def variant(self) -> str:
         """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        if not self.has_vlad:
+            return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"
         if self.attention == "none":
             return "actionvlad" if self.temporal == "sum" else f"vlad-{temporal}"
@@ -89,6 +149,10 @@ class TrainingConfig:
     """Adam's epsilon."""
     weight_decay: float = 4e-5
     """Adam's L2 penalty; the VLAD layer's tensors have none."""
+    subset: float = 1.0
+    """Share of the set's clips that is used, for training and for testing: below 1 only for rehearsals."""
+    label_smoothing: float = 0.0
+    """Share of a clip's label that is spread over all actions in the training loss."""
     evaluate_every: int = 1
     """Epochs between evaluations on the test part; the last epoch is always evaluated."""
 
@@ -97,6 +161,11 @@ class TrainingConfig:
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
         _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
+        _require(0 < self.subset <= 1, f"training.subset = {self.subset}: must be above 0 and at most 1")
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1",
+        )
         _require(self.weight_decay >= 0, f"training.weight_decay = {self.weight_decay}: must not be negative")
 
 
@@ -108,6 +177,9 @@ class StageConfig:
     """Passes over the training part; 0 leaves the stage out."""
     lr: float
     """Adam's learning rate in the first epoch."""
+    steps: int = 0
+    """About so many optimiser steps in the whole stage, for small sets: an epoch then makes as many passes over the
+    training part as that takes, at least one. 0: one pass an epoch, as the paper."""
     decay_every: int = 5
     """Epochs between two decays of the learning rate."""
     decay_factor: float = 0.5
@@ -124,6 +196,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
+        _require(self.steps >= 0, f"steps = {self.steps}: must not be negative")
         _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
         _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
@@ -136,6 +209,10 @@ class StageConfig:
     def trunk_learns(self) -> bool:
         """Whether any weight of the trunk, its classifier included, changes in this stage."""
         return self.trunk != "frozen" or self.fc
+
+    def passes(self, steps_a_pass: int) -> int:
+        """Passes over the training part that one epoch makes, when one pass has so many steps."""
+        return max(1, round(self.steps / (max(1, self.epochs) * steps_a_pass)))
 
 
 STAGE1 = StageConfig(epochs=50, lr=1e-2, features="auto")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, UInt8
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -110,14 +111,18 @@ def attention_grid(
     frames_FHWC: UInt8[np.ndarray, "F H W 3"],
     before_FHW: Float[np.ndarray, "F h w"],
     after_FHW: Float[np.ndarray, "F h w"],
+    titles: Sequence[str] = (),
 ) -> Figure:
-    """Frames, the attention of the untouched ImageNet trunk, and that after training; viridis, fixed from 0 to 1."""
+    """Frames, the attention of the untouched ImageNet trunk, and that after training, as the paper's Figure 3; viridis,
+    fixed from 0 to 1, so that pictures can be compared."""
     num_frames = len(frames_FHWC)
     figure = Figure(figsize=(1.6 * num_frames + 1.2, 5), layout="constrained")
     axes_RF = figure.subplots(3, num_frames, squeeze=False)
     image = None
     for column in range(num_frames):
         axes_RF[0, column].imshow(frames_FHWC[column])
+        if titles:
+            axes_RF[0, column].set_title(titles[column], fontsize=8, parse_math=False)
         for row, maps in ((1, before_FHW), (2, after_FHW)):
             image = axes_RF[row, column].imshow(maps[column], vmin=0, vmax=1, cmap="viridis")
             axes_RF[row, column].set_xlabel(f"mean {maps[column].mean():.2f}", fontsize=8)
@@ -128,3 +133,22 @@ def attention_grid(
     assert image is not None, "there are frames"
     figure.colorbar(image, ax=axes_RF[1:, :], fraction=0.05, label="attention")
     return figure
+
+
+def attention_overlay(
+    frames_THWC: UInt8[np.ndarray, "T H W 3"], maps: Sequence[Float[np.ndarray, "T h w"]]
+) -> UInt8[np.ndarray, "T H2 W2 3"]:
+    """Each frame, and beside it the frame under each attention map: half frame, half viridis from 0 to 1.
+
+    A place of the map covers its own rectangle of the frame, without smoothing. Sides are cut to even numbers of
+    pixels, as H.264 wants them.
+    """
+    height, width = (side - side % 2 for side in frames_THWC.shape[1:3])
+    frames_THWC = frames_THWC[:, :height, :width]
+    panels = [frames_THWC]
+    for map_Thw in maps:
+        rows = np.arange(height) * map_Thw.shape[1] // height
+        columns = np.arange(width) * map_Thw.shape[2] // width
+        colours = colormaps["viridis"](map_Thw[:, rows[:, None], columns].clip(0, 1))[..., :3] * 255
+        panels.append(((frames_THWC + colours) / 2).round().astype(np.uint8))
+    return np.concatenate(panels, axis=2)

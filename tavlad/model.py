@@ -2,19 +2,23 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from tavlad.attention import attend, class_activation
+from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.clip import Features
 from tavlad.config import ModelConfig
+from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities, random_frame
 from tavlad.frozen import FrozenTrunk, normalise
-from tavlad.temporal import last_states, sum_over_time
-from tavlad.vlad import Vlad
+from tavlad.temporal import gru_over_time, sum_over_time
+from tavlad.vlad import DescriptorPca, VisualWords, Vlad
+
+_EPS = 1e-8  # under the power, whose slope at 0 is infinite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +26,7 @@ class FrameMaps:
     """What the trunk makes of a batch of clips: all that the head needs."""
 
     descriptors_BTND: Float[Tensor, "B T N D"]
-    """Descriptors of unit length, one a place."""
+    """Descriptors of unit length, one a place; without VLAD the map after the last ReLU as it is."""
     attention_BTN: Float[Tensor, "B T N"] | None
     """Top-down attention in [0, 1], or None for a model without it."""
 
@@ -41,11 +45,30 @@ class TaVlad(nn.Module):
         self.attention_trunk = copy.deepcopy(self.trunk) if config.attention == "frozen-cam" else None
         self._frozen_trunk = FrozenTrunk(self.trunk)
         self._frozen_attention_trunk = FrozenTrunk(self.attention_trunk) if self.attention_trunk is not None else None
-        self.vlad = Vlad(config.num_clusters, size)
-        self.gru = nn.GRU(size, config.gru_width, batch_first=True) if config.temporal == "gru" else None
-        width = size if self.gru is None else config.gru_width
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.num_clusters * width, num_actions)
+        self.pca = self.vlad = self.gru = self.lstm = None
+        width = size
+        if config.temporal == "lstm-attention":
+            self.lstm = SoftAttentionLstm(size, config.gru_width)
+            width = config.gru_width
+        elif config.has_vlad:
+            if config.descriptor_pca:
+                self.pca = DescriptorPca(size, config.descriptor_pca)
+                size = config.descriptor_pca
+            self.vlad = Vlad(config.num_clusters, size)
+            if config.temporal == "gru":
+                self.gru = nn.GRU(size, config.gru_width, batch_first=True)
+            width = config.num_clusters * (size if self.gru is None else config.gru_width)
+        self.dropout = nn.Dropout2d(config.dropout) if config.dropout_place == "cluster" else nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(width, num_actions)
+
+    def initialise(self, words: VisualWords) -> None:
+        """Take over the visual words: centres, assignment and PCA. Nothing to do for a model without VLAD."""
+        if self.vlad is not None:
+            self.vlad.initialise(words.centres_KD, self.config.alpha)
+        if self.pca is not None:
+            assert words.pca is not None, "the words of a model with a PCA were learned behind it"
+            self.pca.mean.copy_(words.pca.mean_D)
+            self.pca.components.copy_(words.pca.components_PD)
 
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
@@ -57,8 +80,17 @@ class TaVlad(nn.Module):
 
     def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features) -> Float[Tensor, "B A"]:
         """Logits of each action, from frames or from the features of a trunk that did not learn."""
-        features = inputs if isinstance(inputs, Features) else self.features(inputs)
-        return self.classify(self.describe(features))
+        if isinstance(inputs, Features):
+            assert self.training or not self.config.mirror_at_test, "features have no mirror image"
+            if self.training and self.config.temporal == "single-frame":
+                inputs = Features(random_frame(inputs.maps_BTDHW), None)
+            return self.classify(self.describe(inputs))
+        if self.training and self.config.temporal == "single-frame":
+            inputs = random_frame(inputs)
+        logits_BA = self.classify(self.encode(inputs))
+        if self.config.mirror_at_test and not self.training:
+            logits_BA = (logits_BA + self.classify(self.encode(inputs.flip(-1)))) / 2
+        return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
         """The trunk's share of the work (steps 1, 2). The activation is left out where the model has no attention,
@@ -68,7 +100,7 @@ class TaVlad(nn.Module):
         num_clips, num_frames = frames_BTCHW.shape[:2]
         images = frames_BTCHW.flatten(0, 1)
         maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
-        chosen = maps.pre_relu_BDHW if self.config.descriptor == "pre_relu" else maps.post_relu_BDHW
+        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
         activation_BTHW = None
         if with_activation:
             trunk, seen = self.trunk, maps
@@ -76,19 +108,25 @@ class TaVlad(nn.Module):
                 assert self._frozen_attention_trunk is not None
                 trunk = self.attention_trunk
                 seen = self._run(trunk, self._frozen_attention_trunk, images, num_frames)
-            activation_BTN = class_activation(
-                _places(seen.post_relu_BDHW.unflatten(0, (num_clips, num_frames))), trunk.classifier
-            )
-            activation_BTHW = activation_BTN.unflatten(2, tuple(seen.post_relu_BDHW.shape[2:]))
+            post_relu_BTDHW = seen.post_relu_BDHW.unflatten(0, (num_clips, num_frames))
+            activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
+            activation_BTHW = activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
         return Features(chosen.unflatten(0, (num_clips, num_frames)), activation_BTHW)
+
+    @property
+    def described_map(self) -> Literal["pre_relu", "post_relu"]:
+        """Side of the last ReLU that the head reads: for models without VLAD, always the map after it."""
+        return self.config.descriptor if self.config.has_vlad else "post_relu"
 
     def describe(self, features: Features) -> FrameMaps:
         """Descriptors and attention of every place (steps 2, 3)."""
-        x_BTND = _places(features.maps_BTDHW).to(self.vlad.weight.dtype)
+        x_BTND = _places(features.maps_BTDHW).to(self.classifier.weight.dtype)
+        if self.vlad is None:
+            return FrameMaps(descriptors_BTND=x_BTND, attention_BTN=None)
         attention_BTN = None
         if self.config.attention != "none":
             assert features.activation_BTHW is not None, "a model with attention is given its activation"
-            attention_BTN = attend(features.activation_BTHW.flatten(2))
+            attention_BTN = self._weigh(features.activation_BTHW.flatten(2))
         return FrameMaps(descriptors_BTND=normalize(x_BTND, dim=-1, eps=1e-12), attention_BTN=attention_BTN)
 
     def encode(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> FrameMaps:
@@ -97,31 +135,58 @@ class TaVlad(nn.Module):
 
     def classify(self, maps: FrameMaps) -> Float[Tensor, "B A"]:
         """Logits from the trunk's maps (steps 4-7)."""
-        vlad_BTKD = self.vlad(maps.descriptors_BTND, maps.attention_BTN)
-        if self.gru is None:
-            clip_BKU = sum_over_time(vlad_BTKD)
-        else:
-            # In bf16 a state depends on how many clips are computed at once; scores must not.
-            device = vlad_BTKD.device.type
-            in_bf16 = self.training and torch.is_autocast_enabled(device)
-            clip_BKU = last_states(vlad_BTKD, self.gru, torch.get_autocast_dtype(device) if in_bf16 else None)
-        clip_BKU = normalize(clip_BKU.to(self.vlad.weight.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        if self.vlad is None:
+            return self._score_frames(maps.descriptors_BTND)
+        x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
+        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN)
+        if self.config.dropout_place == "frame":
+            vlad_BTKD = self.dropout(vlad_BTKD)
+        clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        if self.config.dropout_place == "cluster":
+            clip_BKU = self.dropout(clip_BKU.unsqueeze(-1)).squeeze(-1)
+        if self.config.power != 1:
+            clip_BKU = clip_BKU.sign() * (clip_BKU.abs() + _EPS).pow(self.config.power)
         video = normalize(clip_BKU.flatten(1), dim=-1, eps=1e-12)
+        if self.config.dropout_place == "video":
+            video = self.dropout(video)
         with torch.autocast(video.device.type, enabled=False):
-            return self.classifier(self.dropout(video))
+            return self.classifier(video)
+
+    def _over_time(self, vlad_BTKD: Tensor) -> Tensor:
+        """(B, T, K, D) → (B, K, U), or (B, K, D) without a GRU."""
+        if self.gru is None:
+            return sum_over_time(vlad_BTKD)
+        # In bf16 a state depends on how many clips are computed at once; scores must not.
+        device = vlad_BTKD.device.type
+        in_bf16 = self.training and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if in_bf16 else None
+        return gru_over_time(vlad_BTKD, self.gru, self.config.temporal_readout, dtype)
+
+    def _score_frames(self, places_BTND: Tensor) -> Tensor:
+        """Logits from the frames' own scores, (B, T, N, D) → (B, A)."""
+        with torch.autocast(places_BTND.device.type, enabled=False):
+            features_BTX = places_BTND.mean(dim=2) if self.lstm is None else self.lstm(places_BTND)
+            logits_BTA = self.classifier(self.dropout(features_BTX))
+            if self.config.temporal == "single-frame":
+                return mean_of_probabilities(logits_BTA)
+            return logits_BTA.mean(dim=1)
 
     @torch.no_grad()
     def attention(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[Tensor, "B T h w"]:
         """The attention maps as pictures, in [0, 1]; of the trunk itself for a model that does not use them."""
         activation_BTHW = self.features(frames_BTCHW, with_activation=True).activation_BTHW
         assert activation_BTHW is not None
-        return attend(activation_BTHW)
+        return self._weigh(activation_BTHW.flatten(2)).unflatten(2, tuple(activation_BTHW.shape[2:]))
+
+    def _weigh(self, activation_BTN: Tensor) -> Tensor:
+        with torch.autocast(activation_BTN.device.type, enabled=False):
+            return attention_weights(activation_BTN, self.config.attention_scale, self.config.attention_temperature)
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
         """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
         if torch.compiler.is_compiling():  # an exported graph is the plain one
-            return trunk.maps(normalise(trunk, images_BCHW, self.vlad.weight.dtype))
+            return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
         if not learns:
             return frozen.maps(images_BCHW, num_frames)
         return trunk.late(frozen.early(images_BCHW, num_frames))

@@ -9,7 +9,7 @@ from tavlad.model import TaVlad
 def choose_trained(model: TaVlad, stage: StageConfig) -> None:
     """Let gradients reach what the stage trains, and nothing else."""
     model.requires_grad_(False)
-    for module in (model.classifier, model.gru, *([model.vlad] if stage.vlad else [])):
+    for module in (model.classifier, model.gru, model.lstm, *([model.vlad] if stage.vlad else [])):
         if module is not None:
             module.requires_grad_(True)
     if stage.fc and model.config.attention == "cam":
@@ -22,7 +22,7 @@ def choose_trained(model: TaVlad, stage: StageConfig) -> None:
 
 def build_optimizer(model: TaVlad, stage: StageConfig, training: TrainingConfig) -> torch.optim.Adam:
     """Adam over what may learn; the VLAD layer's tensors have no weight decay."""
-    vlad = {id(parameter) for parameter in model.vlad.parameters()}
+    vlad = set[int]() if model.vlad is None else {id(parameter) for parameter in model.vlad.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [each for each in trained if id(each) not in vlad], "weight_decay": training.weight_decay},

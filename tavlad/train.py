@@ -79,10 +79,12 @@ def fit(
 ) -> None:
     """Train the model in place through one stage, from the epoch that `resume` names.
 
-    The loss of a step is the cross entropy averaged over the clips of the global batch, whatever the number of ranks
-    and however unevenly they share it. Raises ValueError when the loss is no longer a number.
+    The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
+    batch, whatever the number of ranks and however unevenly they share it. Raises ValueError when the loss is no longer
+    a number.
     """
     stage, number = plan.stage, plan.number
+    train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
     optimizer = build_optimizer(model, stage, plan.training)
     first_epoch = 0
@@ -126,7 +128,7 @@ def _train_epoch(
     for step, batch in enumerate(train.epoch(epoch + plan.number * _EPOCHS_APART)):
         # Dropout is a function of the step, so that resuming needs no generator state.
         torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
-        loss = _step(model, optimizer, batch, plan.training.precision, world, sums)
+        loss = _step(model, optimizer, batch, plan.training, world, sums)
         if not math.isfinite(loss):
             raise ValueError(
                 f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
@@ -137,6 +139,22 @@ def _train_epoch(
         "clips_per_second": world.sum(torch.tensor(sums.clips)).item() / (time.perf_counter() - started),
         "lr": optimizer.param_groups[0]["lr"],
     }
+
+
+class _Repeated:
+    """Batches whose epoch is several passes over the training part, each in an order and with views of its own."""
+
+    def __init__(self, batches: Batches, passes: int) -> None:
+        self._batches, self._passes = batches, passes
+
+    @property
+    def num_steps(self) -> int:
+        return self._batches.num_steps * self._passes
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        first, start_step = divmod(start_step, self._batches.num_steps)
+        for number in range(first, self._passes):
+            yield from self._batches.epoch(epoch * self._passes + number, start_step if number == first else 0)
 
 
 _EPOCHS_APART = 1_000_000  # stage 2 draws other orders and views than stage 1
@@ -162,15 +180,22 @@ class _Sums:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, precision: str, world: World, sums: _Sums
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    training: TrainingConfig,
+    world: World,
+    sums: _Sums,
 ) -> float:
     """One optimiser step; returns this rank's part of the loss, summed over its clips."""
     device = next(model.parameters()).device
     num_clips = len(batch.keys)
     labels_B = batch.labels_B.to(device) if num_clips else torch.zeros(1, dtype=torch.int64, device=device)
-    with autocast(device, precision):
+    with autocast(device, training.precision):
         logits_BA = model(batch.inputs(device))
-    losses_B = nn.functional.cross_entropy(logits_BA.float(), labels_B, reduction="none")
+    losses_B = nn.functional.cross_entropy(
+        logits_BA.float(), labels_B, reduction="none", label_smoothing=training.label_smoothing
+    )
     loss_sum = losses_B.sum() * (num_clips > 0)
     optimizer.zero_grad(set_to_none=True)
     # Ranks' gradients are averaged: times the world's size, over the global batch, they are the global mean.

@@ -1,8 +1,50 @@
-"""The VLAD layer: soft assignment of descriptors to clusters and the sums of their residuals (Eq. 1-3)."""
+"""The VLAD layer: soft assignment of descriptors to clusters and the sums of their residuals (Eq. 1-3); and the PCA
+that descriptors may go through before it."""
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pca:
+    """A linear reduction of descriptors."""
+
+    mean_D: Float[Tensor, " D"]
+    components_PD: Float[Tensor, "P D"]
+    """Orthonormal rows, the largest variance first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisualWords:
+    """What is learned from descriptors of the training part before any training."""
+
+    centres_KD: Float[Tensor, "K D"]
+    """Of the descriptors as VLAD gets them: behind the PCA if there is one."""
+    pca: Pca | None = None
+
+
+class DescriptorPca(nn.Module):
+    """Descriptors less their mean, projected on P directions and brought to unit length again. Not trained."""
+
+    mean: Float[Tensor, " D"]
+    components: Float[Tensor, "P D"]
+
+    def __init__(self, descriptor_size: int, size: int) -> None:
+        super().__init__()
+        if size > descriptor_size:
+            raise ValueError(
+                f"model.descriptor_pca = {size}: this trunk's descriptors have {descriptor_size} numbers only"
+            )
+        self.register_buffer("mean", torch.zeros(descriptor_size))
+        self.register_buffer("components", torch.zeros(size, descriptor_size))
+
+    def forward(self, x_BTND: Float[Tensor, "B T N D"]) -> Float[Tensor, "B T N P"]:
+        with torch.autocast(x_BTND.device.type, enabled=False):
+            reduced = nn.functional.linear(x_BTND.to(self.mean.dtype) - self.mean, self.components)
+            return nn.functional.normalize(reduced, dim=-1, eps=1e-12)
 
 
 class Vlad(nn.Module):

@@ -159,6 +159,28 @@ def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site
     assert "registered tavlad-real-split2 version 1 (now best)" in done.stdout
 
 
+def test_reproduction_runs_what_is_missing_and_a_second_one_does_no_work(
+    local_site: Site, packed: dict[str, Any], tmp_path: Path
+) -> None:
+    command = [
+        *("--json", "reproduce", "real", "--rows", "consensus", "--rows", "actionvlad"),
+        *("--subset", "0.5", "--epochs-scale", "0.02", "--set", "model.trunk=efficientnet_lite0"),
+        *("--set", "training.crop=64", "--set", "training.batch_size=8", "--set", "model.num_clusters=4"),
+        *("--to", str(tmp_path)),
+    ]
+    first = tavlad(*command).document
+    assert [(row["recipe"], row["epochs"], row["failure"]) for row in first["trainings"]] == [
+        ("actionvlad", 2, None),
+        ("consensus", 2, None),
+    ]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    runs = _names_of_runs(local_site)
+    again = tavlad(*command)
+    assert again.document == first
+    assert again.err.count("done already") == 2
+    assert _names_of_runs(local_site) == runs
+
+
 @pytest.mark.chaos
 def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(
     local_site: Site, trained: Trained

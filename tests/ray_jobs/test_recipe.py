@@ -25,6 +25,18 @@ def test_recipe_of_the_paper_has_its_schedule() -> None:
     assert (recipe.model.num_clusters, recipe.model.gru_width, recipe.model.alpha) == (64, 256, 1000.0)
 
 
+@pytest.mark.parametrize(
+    "name", ["actionvlad", "vlad-gru-512", "vlad-gru-256", "vlad-gru-128", "ta-vlad", "ta-vlad-frozen-cam", "consensus"]
+)
+def test_recipe_of_each_row_of_table_1_is_that_row_under_the_papers_schedule(name: str) -> None:
+    recipe, paper = load_recipe(name, dataset="hmdb51"), load_recipe("ta-vlad", dataset="hmdb51")
+    assert recipe.model.variant == name
+    assert (recipe.stage1, recipe.training, recipe.codebook) == (paper.stage1, paper.training, paper.codebook)
+    ours, papers = recipe.stage2, paper.stage2
+    assert (ours.epochs, ours.lr, ours.trunk) == (papers.epochs, papers.lr, papers.trunk)
+    assert (recipe.model.trunk, recipe.model.num_clusters) == ("resnet34", 64)
+
+
 def test_part_of_a_stage_keeps_the_rest_of_the_papers_stage(tmp_path: Path) -> None:
     recipe = load_recipe(_write(tmp_path, 'dataset = "a"\n[stage2]\nepochs = 3'))
     assert (recipe.stage2.epochs, recipe.stage2.lr, recipe.stage2.vlad) == (3, 1e-4, True)

@@ -12,7 +12,16 @@ from shards.transforms import VIEWS, views_of
 from tavlad.clip import BadClip
 from tests.shards.conftest import PowerCut
 
-FACTS = {"name": "set", "dataset": "d", "weights": "w", "dtype": "float16", "num_frames": 2, "size": 3, "side": 2}
+FACTS = {
+    "name": "set",
+    "dataset": "d",
+    "weights": "w",
+    "dtype": "float16",
+    "num_frames": 2,
+    "size": 3,
+    "height": 2,
+    "width": 2,
+}
 
 
 def _entry(row: int, slot: int) -> Entry:

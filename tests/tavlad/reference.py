@@ -40,8 +40,38 @@ class Head:
         return replace(self, **{name: getattr(self, name) + step * direction})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What departs from the paper; the defaults do not."""
+
+    scale: str = "sigmoid"
+    temperature: float = 1.0
+    readout: str = "last"
+    power: float = 1.0
+    pca_mean_D: Array | None = None
+    pca_components_PD: Array | None = None
+
+
+PAPER = Options()
+
+
+def consensus_logits(head: Head) -> Array:
+    """Each frame's own scores on its average-pooled map, averaged over the frames (TSN)."""
+    num_clips, num_frames = head.post_BTDN.shape[:2]
+    scores = np.zeros((num_clips, len(head.classifier_bias_A)))
+    for b in range(num_clips):
+        for t in range(num_frames):
+            pooled_D = np.array([np.sum(row) / len(row) for row in head.post_BTDN[b, t]])
+            scores[b] += (head.classifier_weight @ pooled_D + head.classifier_bias_A) / num_frames
+    return scores
+
+
 def logits(
-    head: Head, attention: Literal["none", "cam", "frozen-cam"], temporal: Literal["sum", "gru"], descriptor: str
+    head: Head,
+    attention: Literal["none", "cam", "frozen-cam"],
+    temporal: Literal["sum", "gru"],
+    descriptor: str,
+    options: Options = PAPER,
 ) -> Array:
     """Scores (B, A) of the clips."""
     chosen_BTDN = head.pre_BTDN if descriptor == "pre_relu" else head.post_BTDN
@@ -52,34 +82,51 @@ def logits(
         vlad_TKD = []
         for t in range(num_frames):
             map_DN = (head.post_BTDN if attention == "cam" else head.cam_BTDN)[b, t]
-            attention_N = np.ones(num_places) if attention == "none" else frame_attention(map_DN, head)
-            vlad_TKD.append(frame_vlad(chosen_BTDN[b, t], attention_N, head))
-        pooled = sum(vlad_TKD) if temporal == "sum" else last_states(vlad_TKD, head)
-        video = video_descriptor(np.asarray(pooled))
+            attention_N = np.ones(num_places) if attention == "none" else frame_attention(map_DN, head, options)
+            vlad_TKD.append(frame_vlad(chosen_BTDN[b, t], attention_N, head, options))
+        pooled = sum(vlad_TKD) if temporal == "sum" else read_states(vlad_TKD, head, options)
+        video = video_descriptor(np.asarray(pooled), options.power)
         for a in range(num_actions):
             scores_BA[b, a] = np.dot(head.classifier_weight[a], video) + head.classifier_bias_A[a]
     return scores_BA
 
 
-def frame_attention(map_DN: Array, head: Head) -> Array:
-    """Eq. 4, 5, 6: the sigmoid of the winning ImageNet class's activation map, at every place."""
+def frame_attention(map_DN: Array, head: Head, options: Options = PAPER) -> Array:
+    """Eq. 4, 5, 6: the sigmoid of the winning ImageNet class's activation map, at every place; or another scale."""
     num_places = map_DN.shape[1]
     pooled_D = sum(map_DN[:, i] for i in range(num_places)) / num_places
     scores_C = [np.dot(w_D, pooled_D) + b for w_D, b in zip(head.fc_weight_CD, head.fc_bias_C, strict=True)]
     winner = scores_C.index(max(scores_C))
-    attention_N = np.zeros(num_places)
+    raw_N = np.zeros(num_places)
     for i in range(num_places):
-        activation = sum(head.fc_weight_CD[winner, l] * map_DN[l, i] for l in range(len(map_DN)))  # noqa: E741
-        attention_N[i] = 1 / (1 + np.exp(-activation))
-    return attention_N
+        raw_N[i] = sum(head.fc_weight_CD[winner, l] * map_DN[l, i] for l in range(len(map_DN)))  # noqa: E741
+    return scaled(raw_N, options)
 
 
-def frame_vlad(map_DN: Array, attention_N: Array, head: Head) -> Array:
+def scaled(raw_N: Array, options: Options) -> Array:
+    """Weights from 0 to 1 of an activation map."""
+    if options.scale == "sigmoid":
+        return np.array([1 / (1 + np.exp(-value / options.temperature)) for value in raw_N])
+    if options.scale == "standardised":
+        deviation = np.sqrt(np.mean((raw_N - np.mean(raw_N)) ** 2))
+        z_N = (raw_N - np.mean(raw_N)) / (deviation + 1e-6)
+        return np.array([1 / (1 + np.exp(-z / options.temperature)) for z in z_N])
+    if options.scale == "minmax":
+        return (raw_N - min(raw_N)) / (max(raw_N) - min(raw_N) + 1e-6)
+    exp_N = np.exp(raw_N / options.temperature)
+    softmax_N = exp_N / sum(exp_N)
+    return softmax_N / max(softmax_N)
+
+
+def frame_vlad(map_DN: Array, attention_N: Array, head: Head, options: Options = PAPER) -> Array:
     """Eq. 1 with the memberships of Eq. 3: attention-weighted residuals from each centre, summed over the places."""
-    size, num_places = map_DN.shape
-    vlad_KD = np.zeros((len(head.centres_KD), size))
-    for i in range(num_places):
+    vlad_KD = np.zeros_like(head.centres_KD)
+    for i in range(map_DN.shape[1]):
         x_D = map_DN[:, i] / length(map_DN[:, i])
+        if options.pca_mean_D is not None:
+            assert options.pca_components_PD is not None
+            x_D = np.array([np.dot(row_D, x_D - options.pca_mean_D) for row_D in options.pca_components_PD])
+            x_D = x_D / length(x_D)
         for k, membership in enumerate(memberships(x_D, head)):
             vlad_KD[k] += attention_N[i] * membership * (x_D - head.centres_KD[k])
     return vlad_KD
@@ -95,6 +142,14 @@ def memberships(x_D: Array, head: Head) -> Array:
 def assignment(centres_KD: Array, alpha: float) -> tuple[Array, Array]:
     """W_k = 2αc_k and B_k = -α‖c_k‖², which make the memberships softmax_k(-α‖x - c_k‖²)."""
     return 2 * alpha * centres_KD, np.array([-alpha * sum(value**2 for value in c_D) for c_D in centres_KD])
+
+
+def read_states(vlad_TKD: list[Array], head: Head, options: Options) -> Array:
+    """(K, U): the last state, or the mean of the states after each frame."""
+    if options.readout == "last":
+        return last_states(vlad_TKD, head)
+    after_each = [last_states(vlad_TKD[: t + 1], head) for t in range(len(vlad_TKD))]
+    return sum(after_each) / len(after_each)
 
 
 def last_states(vlad_TKD: list[Array], head: Head) -> Array:
@@ -116,9 +171,10 @@ def last_states(vlad_TKD: list[Array], head: Head) -> Array:
     return np.array(states)
 
 
-def video_descriptor(pooled_KX: Array) -> Array:
+def video_descriptor(pooled_KX: Array, power: float = 1.0) -> Array:
     """Each cluster's row to length one, the rows one after the other, all of it to length one."""
     flat = np.concatenate([row / length(row) for row in pooled_KX])
+    flat = np.array([np.copysign(abs(value) ** power, value) for value in flat])
     return flat / length(flat)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from tavlad import backbone
+from tavlad import trunk_weights
 from tavlad.backbone import TrunkNetwork, build_trunk, load_weights
 from tavlad.efficientnet_lite import SameConv2d
 
@@ -312,13 +312,13 @@ def test_imagenet_weights_are_read_from_the_hub_folder(hub: Path, monkeypatch: p
     _save(saved.state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     path = path.rename(hub / f"resnet18-{digest[:8]}.pth")
-    monkeypatch.setitem(backbone._TORCHVISION_URLS, "resnet18", f"https://127.0.0.1:9/{path.name}")
+    monkeypatch.setitem(trunk_weights._TORCHVISION_URLS, "resnet18", f"https://127.0.0.1:9/{path.name}")
     assert load_weights(trunk, "resnet18", "imagenet") == f"imagenet resnet18 sha256:{digest}"
     _assert_same_tensors(trunk, saved)
 
 
 def test_missing_lite0_package_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone, "_LITE0_PACKAGE", "no_such_package")
+    monkeypatch.setattr(trunk_weights, "_LITE0_PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match=r'install the extra "lite0"'):
         load_weights(build_trunk("efficientnet_lite0"), "efficientnet_lite0", "imagenet")
 
@@ -334,11 +334,11 @@ def test_download_is_whole_or_absent(tmp_path: Path) -> None:
         url, target = f"http://127.0.0.1:{server.server_port}", tmp_path / "hub" / "weights.pth"
         for path, failure in (("absent.pth", HTTPError), ("weights.pth?cut", IncompleteRead)):
             with pytest.raises(failure):
-                backbone._download(f"{url}/{path}", target, digest)
+                trunk_weights._download(f"{url}/{path}", target, digest)
         with pytest.raises(OSError, match="not the published file"):
-            backbone._download(f"{url}/weights.pth", target, "57934424")
+            trunk_weights._download(f"{url}/weights.pth", target, "57934424")
         assert not target.parent.exists()
-        backbone._download(f"{url}/weights.pth", target, digest)
+        trunk_weights._download(f"{url}/weights.pth", target, digest)
         assert target.read_bytes() == content
         assert [path.name for path in target.parent.iterdir()] == ["weights.pth"]
         server.shutdown()

@@ -1,8 +1,9 @@
 """The model against the slow formulas of reference.py: logits and gradients, for every variant, in float64."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,20 +12,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import tavlad.model
-from tavlad.attention import attend, class_activation
+from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork
 from tavlad.config import ModelConfig
 from tavlad.model import TaVlad
-from tavlad.temporal import last_states
+from tavlad.temporal import gru_over_time
 from tavlad.vlad import Vlad
-from tests.tavlad import reference
+from tests.tavlad import reference, tiny
 from tests.tavlad.reference import Array, Head
 
 CLIPS, FRAMES, SIZE, HEIGHT, WIDTH = 2, 3, 5, 2, 3
 PLACES, CLUSTERS, GRU_WIDTH, CLASSES, ACTIONS = HEIGHT * WIDTH, 4, 3, 6, 3
 
+REDUCED = 4
+"""Size of descriptors behind the PCA."""
+
 Attention = Literal["none", "cam", "frozen-cam"]
-Temporal = Literal["sum", "gru"]
+Temporal = Literal["sum", "gru", "consensus"]
 Descriptor = Literal["pre_relu", "post_relu"]
 EVERY_VARIANT = list(itertools.product(("none", "cam", "frozen-cam"), ("sum", "gru"), ("pre_relu", "post_relu")))
 
@@ -62,29 +66,33 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TaVlad]:
     """Builds a small model without dropout over a trunk of given maps."""
     monkeypatch.setattr(tavlad.model, "build_trunk", lambda _: _GivenMaps())
 
-    def build_model(attention: Attention, temporal: Temporal, descriptor: Descriptor) -> TaVlad:
+    def build_model(attention: Attention, temporal: Temporal, descriptor: Descriptor, **options: Any) -> TaVlad:
         config = ModelConfig(
             attention=attention,
             temporal=temporal,
             descriptor=descriptor,
             num_clusters=CLUSTERS,
             gru_width=GRU_WIDTH,
+            **options,
         )
         return TaVlad(config, ACTIONS).double().eval()
 
     return build_model
 
 
-def _random_head(temporal: Temporal, alpha: float, seed: int = 0) -> Head:
-    """Random numbers for all of it; centres of about unit length, as k-means on unit descriptors gives."""
+def _random_head(temporal: str, alpha: float, seed: int = 0, size: int = SIZE) -> Head:
+    """Random numbers for all of it; centres of about unit length, as k-means on unit descriptors gives.
+
+    `size` is that of the descriptors as VLAD gets them.
+    """
     generator = np.random.default_rng(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Array:
         return scale * generator.standard_normal(shape)
 
-    centres_KD = draw(CLUSTERS, SIZE, scale=SIZE**-0.5)
+    centres_KD = draw(CLUSTERS, size, scale=size**-0.5)
     assign_weight_KD, assign_bias_K = reference.assignment(centres_KD, alpha)
-    width = SIZE if temporal == "sum" else GRU_WIDTH
+    width = CLUSTERS * (size if temporal == "sum" else GRU_WIDTH)
     return Head(
         pre_BTDN=draw(CLIPS, FRAMES, SIZE, PLACES),
         post_BTDN=draw(CLIPS, FRAMES, SIZE, PLACES),
@@ -94,9 +102,9 @@ def _random_head(temporal: Temporal, alpha: float, seed: int = 0) -> Head:
         assign_weight_KD=assign_weight_KD,
         assign_bias_K=assign_bias_K,
         centres_KD=centres_KD,
-        classifier_weight=draw(ACTIONS, CLUSTERS * width),
+        classifier_weight=draw(ACTIONS, SIZE if temporal == "consensus" else width),
         classifier_bias_A=draw(ACTIONS),
-        gru_weight_ih=draw(3 * GRU_WIDTH, SIZE),
+        gru_weight_ih=draw(3 * GRU_WIDTH, size),
         gru_weight_hh=draw(3 * GRU_WIDTH, GRU_WIDTH),
         gru_bias_ih=draw(3 * GRU_WIDTH),
         gru_bias_hh=draw(3 * GRU_WIDTH),
@@ -114,12 +122,15 @@ def _parameters(model: TaVlad) -> dict[str, nn.Parameter]:
         "post_BTDN": trunk.post,
         "fc_weight_CD": attending.fc.weight,
         "fc_bias_C": attending.fc.bias,
-        "assign_weight_KD": model.vlad.weight,
-        "assign_bias_K": model.vlad.bias,
-        "centres_KD": model.vlad.centres,
         "classifier_weight": model.classifier.weight,
         "classifier_bias_A": model.classifier.bias,
     }
+    if model.vlad is not None:
+        parameters |= {
+            "assign_weight_KD": model.vlad.weight,
+            "assign_bias_K": model.vlad.bias,
+            "centres_KD": model.vlad.centres,
+        }
     if model.attention_trunk is not None:
         parameters["cam_BTDN"] = attending.post
     if model.gru is not None:
@@ -253,7 +264,7 @@ def test_a_raised_bias_changes_the_winner_and_nothing_else() -> None:
     for bias, expected in ((0.0, [2.0, 4.0]), (100.0, [1.0, -1.0])):
         with torch.no_grad():
             classifier.bias[1] = bias
-        attention_BTN = attend(class_activation(features_BTND, classifier))
+        attention_BTN = attention_weights(class_activation(features_BTND, classifier), "sigmoid", 1.0)
         torch.testing.assert_close(attention_BTN[0, 0], torch.tensor(expected, dtype=torch.float64).sigmoid())
 
 
@@ -265,7 +276,7 @@ def test_last_states_are_those_of_the_written_out_recurrence() -> None:
             getattr(gru, f"{name}_l0").copy_(torch.from_numpy(getattr(head, f"gru_{name}")))
     vlad_BTKD = np.random.default_rng(3).standard_normal((CLIPS, 7, CLUSTERS, SIZE))
     expected = np.array([reference.last_states(list(clip), head) for clip in vlad_BTKD])
-    states = last_states(torch.from_numpy(vlad_BTKD), gru)
+    states = gru_over_time(torch.from_numpy(vlad_BTKD), gru)
     np.testing.assert_allclose(states.detach().numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -295,3 +306,169 @@ def test_mixed_precision_leaves_everything_but_trunk_and_gru_in_float32(build: C
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(_frames())
     torch.testing.assert_close(mixed, model(_frames()), rtol=0, atol=0)
+
+
+# Departures from the paper, each against the same formulas
+
+DEPARTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "temperature": ({"attention_temperature": 2.5}, {"temperature": 2.5}),
+    "standardised": (
+        {"attention_scale": "standardised", "attention_temperature": 0.5},
+        {"scale": "standardised", "temperature": 0.5},
+    ),
+    "minmax": ({"attention_scale": "minmax"}, {"scale": "minmax"}),
+    "softmax": ({"attention_scale": "softmax", "attention_temperature": 1.5}, {"scale": "softmax", "temperature": 1.5}),
+    "mean of states": ({"temporal_readout": "mean"}, {"readout": "mean"}),
+    "signed root": ({"power": 0.5}, {"power": 0.5}),
+    "pca": ({"descriptor_pca": REDUCED}, {}),
+    "all": (
+        {
+            "descriptor_pca": REDUCED,
+            "attention_scale": "standardised",
+            "temporal_readout": "mean",
+            "power": 0.7,
+            "descriptor": "post_relu",
+        },
+        {"scale": "standardised", "readout": "mean", "power": 0.7},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPARTURES)
+def test_every_departure_from_the_paper_is_that_of_the_formulas(build: Callable[..., TaVlad], name: str) -> None:
+    changes, written = DEPARTURES[name]
+    changes = dict(changes)
+    descriptor = changes.pop("descriptor", "pre_relu")
+    model = build("cam", "gru", descriptor, **changes)
+    head = _random_head("gru", alpha=5.0, size=REDUCED if model.pca is not None else SIZE)
+    generator = np.random.default_rng(11)
+    if model.pca is not None:
+        components_PD = np.linalg.qr(generator.standard_normal((SIZE, REDUCED)))[0].T
+        written = written | {"pca_mean_D": 0.1 * generator.standard_normal(SIZE), "pca_components_PD": components_PD}
+        model.pca.mean.copy_(torch.from_numpy(written["pca_mean_D"]))
+        model.pca.components.copy_(torch.from_numpy(components_PD))
+    _fill(model, head)
+    options = reference.Options(**written)
+    weights_BA = generator.standard_normal((CLIPS, ACTIONS))
+
+    def scores(moved: Head) -> Array:
+        return reference.logits(moved, "cam", "gru", descriptor, options)
+
+    logits_BA = model(_frames())
+    np.testing.assert_allclose(logits_BA.detach().numpy(), scores(head), rtol=1e-6, atol=1e-8)
+    plain = reference.logits(head, "cam", "gru", descriptor) if model.pca is None else None
+    assert plain is None or np.abs(plain - scores(head)).max() > 1e-3, "it makes a difference"
+    (logits_BA * torch.from_numpy(weights_BA)).sum().backward()
+    for tensor, parameter in _parameters(model).items():
+        gradient = np.zeros(parameter.shape) if parameter.grad is None else parameter.grad.numpy()
+        gradient = gradient.reshape(getattr(head, tensor).shape)
+        direction = generator.standard_normal(gradient.shape)
+        slope = reference.slope(head, tensor, direction, lambda moved: float((scores(moved) * weights_BA).sum()))
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+def test_consensus_is_the_average_of_the_frames_own_scores(build: Callable[..., TaVlad]) -> None:
+    model, head = build("none", "consensus", "pre_relu"), _random_head("consensus", alpha=5.0)
+    _fill(model, head)
+    np.testing.assert_allclose(model(_frames()).detach().numpy(), reference.consensus_logits(head), rtol=1e-9)
+    assert (model.vlad, model.gru, model.pca) == (None, None, None)
+
+
+@pytest.mark.parametrize("place", ["video", "cluster", "frame"])
+def test_dropout_sits_where_it_is_put(build: Callable[..., TaVlad], place: str) -> None:
+    """Half of what is named is dropped, the rest doubled, in training alone."""
+    model = build("none", "sum", "pre_relu", dropout_place=place)
+    _fill(model, _random_head("sum", alpha=5.0))
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.dropout.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    model.train()
+    torch.manual_seed(0)
+    model(_frames())
+    ((before, after),) = seen
+    shapes = {
+        "video": (CLIPS, CLUSTERS * SIZE),
+        "cluster": (CLIPS, CLUSTERS, SIZE, 1),
+        "frame": (CLIPS, FRAMES, CLUSTERS, SIZE),
+    }
+    assert before.shape == shapes[place]
+    kept = after != 0
+    assert 0.2 < kept.double().mean() < 0.8
+    torch.testing.assert_close(after[kept], 2 * before[kept])
+    if place == "cluster":
+        assert torch.equal(kept.all(dim=2), kept.any(dim=2)), "whole clusters"
+    model.eval()
+    torch.testing.assert_close(model(_frames()), model(_frames()))
+
+
+def test_mirror_at_test_averages_the_logits_of_both_views() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny.CONFIG, mirror_at_test=True)
+    model = tiny.build_model(config).eval()
+    plain = tiny.build_model(dataclasses.replace(config, mirror_at_test=False)).eval()
+    frames = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = (plain(frames) + plain(frames.flip(4))) / 2
+        torch.testing.assert_close(model(frames), expected)
+        assert not torch.allclose(plain(frames), expected)
+        model.train()
+        model.dropout.eval()
+        torch.testing.assert_close(model(frames), plain(frames))
+
+
+# Numbers on descriptors and maps of the paper's size
+
+
+def test_assignment_on_unit_descriptors_is_nearest_centre_at_the_papers_sharpness() -> None:
+    """W_k = 2αc_k, B_k = -α‖c_k‖²: with centres shorter than one, as k-means gives, a port without the square errs."""
+    generator = torch.Generator().manual_seed(0)
+    size, num_clusters = 512, 64
+    groups_KD = nn.functional.normalize(torch.randn(num_clusters, size, dtype=torch.float64, generator=generator))
+    noise = torch.randn(1, 1, 4000, size, dtype=torch.float64, generator=generator)
+    members = torch.randint(num_clusters, (4000,), generator=generator)
+    x_BTND = nn.functional.normalize(groups_KD[members] + 0.06 * noise, dim=-1)
+    centres_KD = torch.stack([x_BTND[0, 0, members == k].mean(dim=0) for k in range(num_clusters)])
+    lengths_K = centres_KD.norm(dim=1)
+    assert lengths_K.max() < 0.9, "means of unit vectors are shorter than one"
+    layer = Vlad(num_clusters, size).double()
+    layer.initialise(centres_KD, alpha=1000.0)
+    nearest = torch.cdist(x_BTND[0, 0], centres_KD).argmin(dim=1)
+    assign_NK = layer.assign(x_BTND)[0, 0]
+    assert torch.equal(assign_NK.argmax(dim=1), nearest)
+    assert assign_NK.max(dim=1).values.median() > 0.999
+    layer_float = Vlad(num_clusters, size)
+    layer_float.initialise(centres_KD.float(), alpha=1000.0)
+    assert torch.equal(layer_float.assign(x_BTND.float())[0, 0].argmax(dim=1), nearest)
+
+
+def test_autocast_leaves_vlad_within_a_thousandth_of_float64_given_the_same_map() -> None:
+    """Of a map as bf16 autocast makes it, at the paper's sharpness and sizes, random descriptors."""
+    generator = torch.Generator().manual_seed(1)
+    map_BTND = torch.randn(1, 5, 49, 512, generator=generator).bfloat16()
+    x_BTND = nn.functional.normalize(map_BTND.float(), dim=-1, eps=1e-12)
+    centres_KD = 0.6 * nn.functional.normalize(x_BTND[0, :, :13].flatten(0, 1)[:64], dim=-1)
+    attention_BTN = torch.rand(1, 5, 49, generator=generator)
+    layer, exact = Vlad(64, 512), Vlad(64, 512).double()
+    layer.initialise(centres_KD, alpha=1000.0)
+    exact.initialise(centres_KD.double(), alpha=1000.0)
+    expected = exact(nn.functional.normalize(map_BTND.double(), dim=-1, eps=1e-12), attention_BTN.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x_BTND, attention_BTN)
+    assert found.dtype == torch.float32
+    assert (found.double() - expected).abs().max() < 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        naive = nn.functional.linear(x_BTND, layer.weight, layer.bias).float().softmax(dim=-1)
+    assert (naive - layer.assign(x_BTND)).abs().max() > 0.1, "which autocast would not, were it not switched off"
+
+
+@pytest.mark.parametrize("temporal", ["sum", "gru", "consensus"])
+def test_logits_do_not_depend_on_the_batch(temporal: Temporal) -> None:
+    """Batch 1 against batch 32, float32, at the paper's sharpness; on a trunk with random weights."""
+    attention: Attention = "none" if temporal == "consensus" else "cam"
+    config = dataclasses.replace(tiny.CONFIG, temporal=temporal, attention=attention, num_clusters=8, alpha=1000.0)
+    model = tiny.build_model(config).eval()
+    frames = torch.randint(0, 256, (32, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = model(frames)
+        alone = torch.cat([model(clip[None]) for clip in frames])
+    assert together.std(dim=0).max() > 1e-3, "clips differ"
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)

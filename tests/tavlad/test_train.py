@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,58 @@ def test_run_resumed_after_an_epoch_ends_with_the_same_weights_to_the_bit(
     state = load_state(tmp_path / "epoch1")
     fit(resumed, plan, TinyBatches(), None, Listeners(on_epoch=lambda _: None), resume=state)
     assert not _changed(_weights(whole), _weights(resumed))
+
+
+def test_steps_of_a_stage_are_passes_within_its_epochs() -> None:
+    """10 clips in batches of 4 are 3 steps a pass: 36 steps in 4 epochs are 3 passes each, in orders of their own."""
+    stage = dataclasses.replace(STAGE1, epochs=4, steps=36)
+    asked: list[int] = []
+
+    class Watched(TinyBatches):
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+            asked.append(epoch)
+            return super().epoch(epoch, start_step)
+
+    steps: list[tuple[int, int]] = []
+    reports: list[EpochReport] = []
+    listeners = Listeners(on_epoch=reports.append, on_step=lambda done, total: steps.append((done, total)))
+    fit(build_model(), StagePlan(number=1, stage=stage, training=TRAINING), Watched(), None, listeners)
+    assert [report.epoch for report in reports] == [1, 2, 3, 4]
+    assert steps == [(done, 36) for done in range(1, 37)]
+    assert len(set(asked)) == len(asked) == 12
+    assert [stage.passes(num) for num in (1, 3, 100)] == [9, 3, 1]
+    assert dataclasses.replace(stage, steps=0).passes(3) == 1
+
+
+def test_label_smoothing_is_that_of_the_written_out_loss() -> None:
+    training = dataclasses.replace(TRAINING, label_smoothing=0.2)
+    model = build_model(dataclasses.replace(CONFIG, dropout=0.0))
+    stage = dataclasses.replace(STAGE1, epochs=1, lr=1e-12)  # as good as no learning
+    reports: list[EpochReport] = []
+    plan = StagePlan(number=1, stage=stage, training=training)
+    fit(model, plan, TinyBatches(), None, Listeners(on_epoch=reports.append))
+    losses: list[float] = []
+    frozen = build_model(dataclasses.replace(CONFIG, dropout=0.0)).eval()
+    for batch in TinyBatches().epoch(0):
+        with torch.no_grad():
+            logs_BA = frozen(batch.frames_BTCHW).log_softmax(dim=1)
+        for label, logs_A in zip(batch.labels_B.tolist(), logs_BA, strict=True):
+            target_A = torch.full((len(logs_A),), 0.2 / len(logs_A))
+            target_A[label] += 0.8
+            losses.append(-float((target_A * logs_A).sum()))
+    assert reports[0].metrics["train/loss"] == pytest.approx(sum(losses) / 10, rel=1e-5)
+
+
+def test_consensus_trains_its_classifier_then_the_last_block() -> None:
+    config = dataclasses.replace(CONFIG, attention="none", temporal="consensus")
+    model = build_model(config)
+    before = _weights(model)
+    _run(model)
+    assert {name.split(".")[0] for name in _changed(before, _weights(model))} == {"classifier"}
+    _run(model, 2, STAGE2)
+    changed = {name for name in _changed(before, _weights(model)) if name.startswith("trunk.")}
+    assert changed
+    assert all(name.startswith("trunk.layer4") for name in changed)
 
 
 def test_loss_that_is_no_number_stops_with_the_place_and_the_remedy() -> None:

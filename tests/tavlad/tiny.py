@@ -22,8 +22,9 @@ def build_model(config: ModelConfig = CONFIG, seed: int = 0) -> TaVlad:
     """A model with random centres, the same for the same seed."""
     torch.manual_seed(seed)
     model = TaVlad(config, NUM_ACTIONS)
-    centres_KD = torch.nn.functional.normalize(torch.rand_like(model.vlad.centres), dim=1)
-    model.vlad.initialise(centres_KD, config.alpha)
+    if model.vlad is not None:
+        centres_KD = torch.nn.functional.normalize(torch.rand_like(model.vlad.centres), dim=1)
+        model.vlad.initialise(centres_KD, config.alpha)
     return model
 
 

@@ -1,0 +1,168 @@
+"""tavlad reproduce: the paper's tables with our numbers beside them. What is done is found, what is missing is run.
+
+A training is done once its outcome lies beside its checkpoints; its name is a fingerprint of all that decides it. So a
+second run does no work, and an interrupted one goes on where it was.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.site import Site
+from ray_jobs.console import Console
+from ray_jobs.plan import TrainingPlan, plan_training
+from ray_jobs.published import published_table
+from ray_jobs.recipe import Recipe, change_recipe, load_recipe
+from ray_jobs.register import RegisteredRun
+from ray_jobs.reproduce_report import Entry, Outcome, Reproduction, write_reproduction
+from ray_jobs.train import train
+from shards.store import open_store
+from tavlad.config import StageConfig
+
+_OUTCOME = "outcome.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReproduceOptions:
+    """What to reproduce, and how much of it."""
+
+    table: Literal[1, 2]
+    rows: tuple[str, ...] = ()
+    """Names of recipes; none means every row that has one."""
+    subset: float = 1.0
+    """Share of the clips, for rehearsals."""
+    epochs_scale: float = 1.0
+    """What epochs are multiplied by, for rehearsals."""
+    changes: tuple[str, ...] = ()
+    """Changes of every recipe, such as "training.batch_size=16"."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.subset <= 1:
+            raise ValueError(f"--subset {self.subset}: must be above 0 and at most 1")
+        if self.epochs_scale <= 0:
+            raise ValueError(f"--epochs-scale {self.epochs_scale}: must be above 0")
+        known = [row.recipe for row in published_table(self.table) if row.recipe is not None]
+        for row in self.rows:
+            if row not in known:
+                raise ValueError(f"--rows {row}: table {self.table} has the rows {', '.join(known)}")
+
+
+def reproduce(
+    site: Site, datasets: list[str], options: ReproduceOptions, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Run what is missing of a table and write report.html and report.json into `folder`, anew after every training.
+
+    A training that cannot be done is named in the report with its reason, and the others go on; ValueError at the end.
+    """
+    entries = [
+        Entry(row=row, dataset=dataset, split=split)
+        for dataset in datasets
+        for row in published_table(options.table)
+        if row.recipe is not None and (not options.rows or row.recipe in options.rows)
+        for split in ((1,) if options.table == 1 else (1, 2, 3))
+    ]
+    started = time.monotonic()
+    for number, entry in enumerate(entries):
+        console.heading(f"[{number + 1}/{len(entries)}] {entry.row.name}: {entry.dataset}, split {entry.split}")
+        try:
+            outcome: Outcome | None = _outcome(site, entry, options, console)
+            failure = ""
+        except ValueError as error:
+            outcome, failure = None, str(error)
+            console.say(f"  not done: {failure}")
+        entries[number] = dataclasses.replace(entry, outcome=outcome, failure=failure)
+        write_reproduction(folder, _described(options, entries, datasets, site))
+    seconds = time.monotonic() - started
+    document = write_reproduction(folder, _described(options, entries, datasets, site))
+    _show(entries, console)
+    console.say(f"Report: {folder / 'report.html'} ({seconds:.0f} s)")
+    failures = [f"{entry.row.recipe} on {entry.dataset}, split {entry.split}" for entry in entries if entry.failure]
+    if failures:
+        raise ValueError(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
+    return document
+
+
+def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[str], site: Site) -> Reproduction:
+    words: list[str] = []
+    if options.subset < 1:
+        words.append(f"{options.subset:.0%} of the clips, for training and for testing alike")
+    if options.epochs_scale != 1:
+        words.append(f"epochs multiplied by {options.epochs_scale:g}")
+    words += [f"{change} in every recipe" for change in options.changes]
+    return Reproduction(
+        table=options.table,
+        datasets=datasets,
+        entries=entries,
+        quoted=[row for row in published_table(options.table) if row.recipe is None],
+        departures=words,
+        tracking_uri=site.mlflow_uri,
+    )
+
+
+def _outcome(site: Site, entry: Entry, options: ReproduceOptions, console: Console) -> Outcome:
+    """The outcome that is there, else that of the training."""
+    assert entry.row.recipe is not None
+    recipe = _scaled(load_recipe(entry.row.recipe, list(options.changes), entry.dataset), options)
+    plan, _ = plan_training(site, recipe, entry.split)
+    store = open_store(plan.uri, site.s3)
+    if store.exists(_OUTCOME):
+        console.say(f"  done already: {plan.name}")
+        return Outcome(**json.loads(store.read(_OUTCOME)))
+    started = time.monotonic()
+    run = train(site, recipe, entry.split, console)
+    assert run is not None, "training registers"
+    outcome = _summary(plan, run, time.monotonic() - started)
+    store.write(_OUTCOME, json.dumps(dataclasses.asdict(outcome), indent=1).encode())
+    return outcome
+
+
+def _scaled(recipe: Recipe, options: ReproduceOptions) -> Recipe:
+    changes: dict[str, dict[str, Any]] = {}
+    if options.subset < 1:
+        changes["training"] = {"subset": options.subset}
+    if options.epochs_scale != 1:
+        changes |= {name: _fewer(stage, options.epochs_scale) for name, stage in _stages(recipe)}
+    return change_recipe(recipe, changes) if changes else recipe
+
+
+def _stages(recipe: Recipe) -> list[tuple[str, StageConfig]]:
+    return [("stage1", recipe.stage1), ("stage2", recipe.stage2)]
+
+
+def _fewer(stage: StageConfig, scale: float) -> dict[str, Any]:
+    """The whole schedule in proportion, decay included; a stage that was there keeps an epoch."""
+    if not stage.epochs:
+        return {}
+    return {"epochs": max(1, round(scale * stage.epochs)), "decay_every": max(1, round(scale * stage.decay_every))}
+
+
+def _summary(plan: TrainingPlan, run: RegisteredRun, wall_seconds: float) -> Outcome:
+    return Outcome(
+        training=plan.name,
+        top1=run.scores.top(1),
+        mean_class=run.scores.mean_class,
+        best_on_test=run.best_on_test,
+        num_test_clips=len(run.scores.keys),
+        epochs=len(run.history),
+        wall_seconds=round(wall_seconds, 1),
+        model=f"{run.model.name} v{run.model.version}",
+        run_url=run.run_url,
+        history=run.history,
+    )
+
+
+def _show(entries: list[Entry], console: Console) -> None:
+    rows = [
+        [
+            entry.row.name,
+            entry.dataset,
+            str(entry.split),
+            entry.failure or ("" if entry.outcome is None else f"{entry.outcome.top1:.1%}"),
+            "" if entry.paper is None else f"{entry.paper:.1f}%",
+        ]
+        for entry in entries
+    ]
+    console.table(["row", "set", "split", "ours, last epoch", "paper"], rows)
