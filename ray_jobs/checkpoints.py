@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from shards.store import Store
@@ -48,6 +50,33 @@ class Checkpoints:
         self._store.delete(f"{name}/{_COMPLETE}")
         for path in self._store.list(f"{name}/"):
             self._store.delete(path)
+
+
+class BackgroundWriter:
+    """Does what it is handed in order, in a thread, one thing ahead at most: training waits only for a store that is
+    slower than the time between two checkpoints."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Hand over; raises what the write before raised."""
+        self.wait()
+        self._last = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until everything is written; raises what a write raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
 
 
 def _sha256(path: Path) -> str:

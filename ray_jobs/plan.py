@@ -69,9 +69,9 @@ def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
     return store, share_of(load_index(store), recipe.training.subset)
 
 
-def checkpoint_name(stage: int, epoch: int) -> str:
-    """The checkpoint after an epoch (from 1); names sort in the order of training."""
-    return f"stage{stage}-epoch{epoch:05d}"
+def checkpoint_name(stage: int, epochs_done: int, steps_done: int = 0) -> str:
+    """The checkpoint after so many epochs, and steps of the next one; names sort in the order of training."""
+    return f"stage{stage}-epoch{epochs_done:05d}" + (f"-step{steps_done:06d}" if steps_done else "")
 
 
 def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:

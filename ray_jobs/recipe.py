@@ -29,6 +29,8 @@ class ResourceConfig:
     """Batches read ahead of the training step."""
     cache_megabytes: int = 512
     """Packed clips a worker keeps in memory, so that small sets are fetched once."""
+    checkpoint_steps: int = 200
+    """Steps between two checkpoints within an epoch; there is one at each epoch's end too. 0: only there."""
     max_restarts: int = 3
     """Times a training whose worker or node died is started again from its last checkpoint."""
 
@@ -36,7 +38,7 @@ class ResourceConfig:
         for name in ("workers", "loader_threads", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("gpus_per_worker", "cpus_per_worker", "cache_megabytes", "max_restarts"):
+        for name in ("gpus_per_worker", "cpus_per_worker", "cache_megabytes", "checkpoint_steps", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
 

@@ -1,8 +1,10 @@
 """What each worker of a training does: its share of `tavlad.train.fit`, from the newest checkpoint on."""
 
+import copy
 import io
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import numpy as np
 import ray.train
 import ray.train.torch
+import torch
 
 from infra.site import Site, load_site
+from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches
 from ray_jobs.features import Extractor, decide_once, feature_set
@@ -20,7 +24,7 @@ from ray_jobs.plan import TrainingPlan, checkpoint_name, open_set
 from shards.features import FeatureSet
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
-from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_checkpoint
+from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
 from tavlad.config import StageConfig
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -45,11 +49,18 @@ def train_worker(config: WorkerConfig) -> None:
     """The training function of one rank. What the user must mend is told to the driver and ends the training."""
     if config.monitor.error() is not None:  # started again after an error that a restart cannot mend
         return
+    trainer = _Trainer(config)
     try:
-        _Trainer(config).run()
+        trainer.run()
+    except torch.OutOfMemoryError as error:
+        text = "the GPU's memory is too small for this training: lower training.batch_size, or use more workers"
+        config.monitor.tell_surely(UserError(text=text))
+        raise ValueError(text) from error
     except ValueError as error:
         config.monitor.tell_surely(UserError(text=str(error)))
         raise
+    finally:
+        trainer.close()
 
 
 class _Trainer:
@@ -65,6 +76,11 @@ class _Trainer:
         self._world = World.current(ray.train.torch.get_device())
         self._codebook_uri = config.codebook_uri
         self._history: list[dict[str, Any]] = []
+        self._writer = BackgroundWriter()
+
+    def close(self) -> None:
+        """Every checkpoint written."""
+        self._writer.close()
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
@@ -80,6 +96,8 @@ class _Trainer:
             listeners = Listeners(
                 on_epoch=lambda report: self._end_epoch(model, report),
                 on_step=lambda done, total, number=number: self._end_step(number, done, total),
+                wants_state=self._wants_state,
+                on_state=lambda state: self._keep_state(model, state),
             )
             state = resume if resume is not None and resume.stage == number else None
             features = self._features(model, index, stage, train, test)
@@ -153,20 +171,44 @@ class _Trainer:
         if self._world.rank == 0:
             self._monitor.tell(Stepped(stage=stage, done=done, total=total))
 
+    def _wants_state(self, done: int) -> bool:
+        every = self._recipe.resources.checkpoint_steps
+        return every > 0 and done % every == 0
+
+    def _keep_state(self, model: TaVlad, state: TrainState) -> None:
+        """A checkpoint within an epoch."""
+        if self._world.rank == 0:
+            name = checkpoint_name(state.stage, state.next_epoch, state.next_step)
+            self._write(name, model, state, None, lambda: None)
+
     def _end_epoch(self, model: TaVlad, report: EpochReport) -> None:
         """A checkpoint, then the news: what the driver hears of is safe."""
         if self._world.rank == 0:
             row: dict[str, Any] = {"stage": report.stage, "epoch": report.epoch, **report.metrics}
             self._history.append(row)
-            with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-                directory = Path(folder) / checkpoint_name(report.stage, report.epoch)
-                save_checkpoint(directory, model, self._card, report.state)
-                (directory / HISTORY).write_text(json.dumps(self._history, indent=1), encoding="utf-8")
-                if report.scores is not None:
-                    (directory / SCORES).write_bytes(_scores_to_bytes(report.scores))
-                self._checkpoints.save(directory.name, directory)
-            self._monitor.tell_surely(EpochDone(row=row))
+            name = checkpoint_name(report.stage, report.epoch)
+            self._write(name, model, report.state, report.scores, lambda: self._monitor.tell_surely(EpochDone(row=row)))
+            if report.epoch == report.num_epochs:
+                self._writer.wait()
         ray.train.report(dict(report.metrics))
+
+    def _write(
+        self, name: str, model: TaVlad, state: TrainState, scores: Scores | None, on_written: Callable[[], None]
+    ) -> None:
+        """Copy what the next step changes; write it while training goes on."""
+        weights, state, history = weights_of(model), copy.deepcopy(state), json.dumps(self._history, indent=1)
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
+                directory = Path(folder) / name
+                save_weights(directory, weights, self._card, state)
+                (directory / HISTORY).write_text(history, encoding="utf-8")
+                if scores is not None:
+                    (directory / SCORES).write_bytes(_scores_to_bytes(scores))
+                self._checkpoints.save(name, directory)
+            on_written()
+
+        self._writer.submit(write)
 
 
 def _scores_to_bytes(scores: Scores) -> bytes:

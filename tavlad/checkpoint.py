@@ -43,28 +43,44 @@ class ModelCard:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Where a training stands after an epoch: all that resuming needs beside the weights."""
+    """Where a training stands after a step: all that resuming needs beside the weights."""
 
     stage: int
     """1 or 2."""
     next_epoch: int
-    """The epoch to run next, from 0; equal to the stage's epochs when it is done."""
+    """The epoch to run next, or to go on with, from 0; equal to the stage's epochs when it is done."""
     optimizer: dict[str, Any]
     """The optimiser's state_dict."""
+    next_step: int = 0
+    """The step of that epoch to run next, from 0."""
+    sums: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Loss, right answers and clips of that epoch so far, over all ranks."""
+
+
+def weights_of(model: TaVlad) -> dict[str, torch.Tensor]:
+    """A copy of the weights, on the CPU, that training on does not change."""
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def save_checkpoint(directory: Path, model: TaVlad, card: ModelCard, state: TrainState | None = None) -> None:
     """Write a checkpoint directory whole or not at all; an older one of the same name is replaced."""
+    save_weights(directory, weights_of(model), card, state)
+
+
+def save_weights(
+    directory: Path, weights: dict[str, torch.Tensor], card: ModelCard, state: TrainState | None = None
+) -> None:
+    """`save_checkpoint` of weights that were copied before."""
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, partial / WEIGHTS)
     (partial / CARD).write_text(
         json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     if state is not None:
-        torch.save({name: getattr(state, name) for name in ("stage", "next_epoch", "optimizer")}, partial / STATE)
+        values = {each.name: getattr(state, each.name) for each in dataclasses.fields(state)}
+        torch.save(values, partial / STATE)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

@@ -66,6 +66,10 @@ class Listeners:
     on_epoch: Callable[[EpochReport], None]
     on_step: Callable[[int, int], None] = field(default=lambda done, total: None)
     """Told the steps done and the steps in all of this stage."""
+    wants_state: Callable[[int], bool] = field(default=lambda done: False)
+    """Asked after each step but an epoch's last, with the steps done in this stage; every rank must answer alike."""
+    on_state: Callable[[TrainState], None] = field(default=lambda state: None)
+    """Given the state that was wanted; the next step changes the weights and the optimiser's tensors."""
 
 
 def fit(
@@ -77,7 +81,7 @@ def fit(
     resume: TrainState | None = None,
     world: World = ALONE,
 ) -> None:
-    """Train the model in place through one stage, from the epoch that `resume` names.
+    """Train the model in place through one stage, from the step that `resume` names.
 
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
     batch, whatever the number of ranks and however unevenly they share it. Raises ValueError when the loss is no longer
@@ -87,16 +91,12 @@ def fit(
     train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
     optimizer = build_optimizer(model, stage, plan.training)
-    first_epoch = 0
-    if resume is not None:
-        assert resume.stage == number, "a state resumes its own stage"
-        optimizer.load_state_dict(resume.optimizer)
-        first_epoch = resume.next_epoch
-    parallel_model = world.wrap(model)
-    for epoch in range(first_epoch, stage.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, epoch)
-        metrics = _train_epoch(parallel_model, optimizer, plan, epoch, train, listeners, world)
+    resume = resume or TrainState(stage=number, next_epoch=0, optimizer=optimizer.state_dict())
+    assert resume.stage == number, "a state resumes its own stage"
+    optimizer.load_state_dict(resume.optimizer)
+    epochs = _Epochs(world.wrap(model), optimizer, plan, train, listeners, world)
+    for epoch in range(resume.next_epoch, stage.epochs):
+        metrics = epochs.run(epoch, resume if epoch == resume.next_epoch else None)
         scores = None
         if test is not None and (epoch + 1 == stage.epochs or (epoch + 1) % plan.training.evaluate_every == 0):
             scores = evaluate(model, test.epoch(0), plan.training.precision, world)
@@ -112,33 +112,54 @@ def fit(
         listeners.on_epoch(report)
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    plan: StagePlan,
-    epoch: int,
-    train: Batches,
-    listeners: Listeners,
-    world: World,
-) -> dict[str, float]:
-    """One pass over the training part; returns its metrics over all ranks."""
-    started = time.perf_counter()
-    sums = _Sums()
-    model.train()
-    for step, batch in enumerate(train.epoch(epoch + plan.number * _EPOCHS_APART)):
-        # Dropout is a function of the step, so that resuming needs no generator state.
-        torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
-        loss = _step(model, optimizer, batch, plan.training, world, sums)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
-                f"lower stage{plan.number}.lr (now {plan.stage.lr:g})"
-            )
-        listeners.on_step(epoch * train.num_steps + step + 1, plan.stage.epochs * train.num_steps)
-    return sums.over(world) | {
-        "clips_per_second": world.sum(torch.tensor(sums.clips)).item() / (time.perf_counter() - started),
-        "lr": optimizer.param_groups[0]["lr"],
-    }
+@dataclass(frozen=True, kw_only=False, slots=True)
+class _Epochs:
+    """Runs the epochs of one stage."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: StagePlan
+    train: Batches
+    listeners: Listeners
+    world: World
+
+    def run(self, epoch: int, resume: TrainState | None) -> dict[str, float]:
+        """One pass over the training part, or what is left of it; returns its metrics over all ranks."""
+        plan, world, listeners = self.plan, self.world, self.listeners
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(plan.stage, epoch)
+        first = 0 if resume is None else resume.next_step
+        # What was done before counts once: on the first rank.
+        sums = _Sums(resume.sums if resume is not None and world.rank == 0 else None)
+        started, num_before = time.perf_counter(), sums.clips
+        self.model.train()
+        batches = self.train.epoch(epoch + plan.number * _EPOCHS_APART, first)
+        for step, batch in enumerate(batches, start=first):
+            # Dropout is a function of the step, so that resuming needs no generator state.
+            torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
+            loss = _step(self.model, self.optimizer, batch, plan.training, world, sums)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
+                    f"lower stage{plan.number}.lr (now {plan.stage.lr:g})"
+                )
+            done = epoch * self.train.num_steps + step + 1
+            listeners.on_step(done, plan.stage.epochs * self.train.num_steps)
+            if step + 1 < self.train.num_steps and listeners.wants_state(done):
+                listeners.on_state(self._state(epoch, step + 1, sums))
+        seconds = time.perf_counter() - started
+        num_clips = world.sum(torch.tensor(sums.clips - num_before)).item()
+        rates = {"clips_per_second": num_clips / seconds, "lr": self.optimizer.param_groups[0]["lr"]}
+        return sums.over(world) | rates
+
+    def _state(self, epoch: int, next_step: int, sums: "_Sums") -> TrainState:
+        return TrainState(
+            stage=self.plan.number,
+            next_epoch=epoch,
+            next_step=next_step,
+            sums=tuple(sums.total(self.world)),
+            optimizer=self.optimizer.state_dict(),
+        )
 
 
 class _Repeated:
@@ -169,13 +190,16 @@ def step_seed(seed: int, stage: int, epoch: int, step: int, rank: int) -> int:
 class _Sums:
     """Sums over an epoch's clips on one rank; averaged only when printed."""
 
-    def __init__(self) -> None:
-        self.loss = self.correct = self.clips = 0.0
+    def __init__(self, before: tuple[float, ...] | None = None) -> None:
+        self.loss, self.correct, self.clips = before or (0.0, 0.0, 0.0)
+
+    def total(self, world: World) -> list[float]:
+        """Over all ranks."""
+        return world.sum(torch.tensor([self.loss, self.correct, self.clips], dtype=torch.float64)).tolist()
 
     def over(self, world: World) -> dict[str, float]:
-        loss, correct, clips = world.sum(
-            torch.tensor([self.loss, self.correct, self.clips], dtype=torch.float64)
-        ).tolist()
+        """The epoch's metrics."""
+        loss, correct, clips = self.total(world)
         return {"train/loss": loss / clips, "train/top1": correct / clips}
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tavlad.checkpoint import load_state, load_weights_into, save_checkpoint
+from tavlad.checkpoint import TrainState, load_state, load_weights_into, save_checkpoint
 from tavlad.clip import ClipBatch
 from tavlad.config import StageConfig
 from tavlad.model import TaVlad
@@ -109,6 +109,32 @@ def test_run_resumed_after_an_epoch_ends_with_the_same_weights_to_the_bit(
     state = load_state(tmp_path / "epoch1")
     fit(resumed, plan, TinyBatches(), None, Listeners(on_epoch=lambda _: None), resume=state)
     assert not _changed(_weights(whole), _weights(resumed))
+
+
+@pytest.mark.parametrize("done", [1, 2, 5])
+def test_run_resumed_after_any_step_ends_with_the_same_weights_and_metrics(tmp_path: Path, done: int) -> None:
+    plan = StagePlan(number=2, stage=STAGE2, training=TRAINING)  # 3 steps an epoch
+    expected, found = {}, {}
+
+    def keep(state: TrainState) -> None:
+        save_checkpoint(tmp_path / "step", whole, CARD, state)
+
+    whole, resumed = build_model(), build_model(seed=1)
+    keeping = Listeners(
+        on_epoch=lambda report: expected.update({report.epoch: report.metrics}),
+        wants_state=lambda steps: steps == done,
+        on_state=keep,
+    )
+    fit(whole, plan, TinyBatches(), None, keeping)
+    load_weights_into(resumed, tmp_path / "step")
+    state = load_state(tmp_path / "step")
+    assert (state.next_epoch, state.next_step) == divmod(done, 3)
+    resuming = Listeners(on_epoch=lambda report: found.update({report.epoch: report.metrics}))
+    fit(resumed, plan, TinyBatches(), None, resuming, resume=state)
+    assert not _changed(_weights(whole), _weights(resumed))
+    for epoch, metrics in found.items():
+        for name in ("train/loss", "train/top1", "lr"):
+            assert metrics[name] == expected[epoch][name]
 
 
 def test_steps_of_a_stage_are_passes_within_its_epochs() -> None:
