@@ -15,7 +15,8 @@ from shards.store import open_store
 def test_index_says_what_the_set_is(packed) -> None:
     index = load_index(packed.store)
     assert (index.name, index.actions, index.num_frames) == ("numbers", ("clap", "jump", "wave"), 4)
-    assert index.packing == {"num_frames": 4, "short_side": 32, "jpeg_quality": 90, "shard_megabytes": 64.0, "seed": 0}
+    sizes = {"num_frames": 4, "short_side": 32, "jpeg_quality": 90, "shard_megabytes": 64.0}
+    assert index.packing == {"format": "frames", **sizes, "seed": 0}
     assert (index.plan, index.fingerprint) == (packed.plan.fingerprint, packed.index.fingerprint)
     assert index.clips_table.table.equals(packed.index.clips_table.table)
 

@@ -19,7 +19,8 @@ import webdataset
 from shards.clip_bytes import END_OF_SHARD, decode_jpeg, key_of, path_of, read_tar_members
 from shards.datasets import VideoSet, scan
 from shards.index import SCHEMA, load_index
-from shards.pack import PackOptions, finish, finished_set, pack_shard, plan_packing
+from shards.pack import finish, finished_set, pack_shard
+from shards.plan import PackOptions, plan_packing
 from shards.read import decode_frames
 from shards.store import Store, open_store
 from shards.video import decode_clip
@@ -256,12 +257,14 @@ def test_plan_is_another_if_anything_that_goes_in_is_another(tmp_path: Path, num
     for change in ({"splits": ("unused",) * 3}, {"group": "other"}):
         changed = (replace(videos.videos[0], **change), *videos.videos[1:])
         plans.add(plan_packing(replace(videos, videos=changed), SMALL).fingerprint)
+    plans.add(plan_packing(videos, replace(SMALL, format="video")).fingerprint)
     first = videos.videos[0].path
     changed = bytearray(first.read_bytes())
-    changed[-1] ^= 1
-    first.write_bytes(changed)
-    plans.add(plan_packing(videos, SMALL).fingerprint)
-    assert len(plans) == 11
+    for place in (0, len(changed) // 2, -1):  # a video edited in place keeps its size, and often its ends
+        changed[place] ^= 1
+        first.write_bytes(changed)
+        plans.add(plan_packing(videos, SMALL).fingerprint)
+    assert len(plans) == 14
 
 
 def test_bad_videos_are_rejected_with_their_reasons(tmp_path: Path, numbered) -> None:
@@ -272,8 +275,8 @@ def test_bad_videos_are_rejected_with_their_reasons(tmp_path: Path, numbered) ->
     (folder / "clap" / "cut.avi").write_bytes(whole[: len(whole) // 2])
     (folder / "jump" / "gone.avi").write_bytes(whole)
     videos = scan("numbers", folder, "folders")
-    plan = plan_packing(videos, SMALL)
     (folder / "jump" / "gone.avi").unlink()
+    plan = plan_packing(videos, SMALL)
     store = open_store(str(tmp_path / "set"))
     index = numbered.pack(plan, store)
     assert len(index.clips_table) == 6
