@@ -1,7 +1,7 @@
 """Outlasting a store that does not answer for a while, such as a server that is started again."""
 
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import TypeVar
 
 from shards.store import StoreUnreachable
@@ -22,18 +22,18 @@ def outlast(
     The operation must be one that may be done twice. `told` hears once that there is something to wait for, and an
     empty text when it is over. Errors other than `StoreUnreachable` are raised at once.
     """
-    deadline, pause = time.monotonic() + seconds, 0.5
+    deadline, pause = monotonic() + seconds, 0.5
     waited = False
     while True:
         try:
             result = operation()
         except StoreUnreachable:
-            if time.monotonic() + pause > deadline:
+            if monotonic() + pause > deadline:
                 raise
             if not waited:
                 told("waiting for the store, which does not answer")
             waited = True
-            time.sleep(pause)
+            sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         else:
             if waited:
