@@ -35,7 +35,7 @@ from shards.index import (
 )
 from shards.patience import outlast
 from shards.plan import PackPlan, PlannedClip
-from shards.store import MissingObject, Store
+from shards.store import MissingObject, Store, StoreError
 from shards.video import VideoError
 
 _SHARDS, _PARTS = "shards/", "parts/"
@@ -171,13 +171,15 @@ def _kept(plan: PackPlan, number: int, store: Store) -> ShardResult | None:
     path = _part_path(number)
     if not store.exists(path):
         return None
-    rows, described = read_table(store, path)
-    if described.get("plan") == plan.fingerprint:
-        try:
-            if store.size(shard_path(number)) == described["num_bytes"]:
-                return _result(number, rows, described, reused=True)
-        except MissingObject:
-            pass  # somebody has removed the shard alone
+    try:
+        rows, described = read_table(store, path)
+        if described.get("plan") == plan.fingerprint and store.size(shard_path(number)) == described["num_bytes"]:
+            return _result(number, rows, described, reused=True)
+    except StoreError as error:
+        if not isinstance(error, MissingObject):  # which means that somebody has removed the shard alone
+            raise
+    except ValueError:
+        pass  # no Parquet file
     store.delete(path)  # before its shard is overwritten, or that other plan would take our shard for its own
     return None
 

@@ -105,7 +105,7 @@ def test_index_of_another_format_or_none_is_told(packed, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"index\.parquet has format 99, not 1: pack the set again"):
         load_index(store)
     store.write("index.parquet", b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match=r"index\.parquet is not a Parquet file: delete it and run tavlad pack again"):
+    with pytest.raises(ValueError, match=r"index\.parquet is not a Parquet file: repair the set with"):
         load_index(store)
     store.write("index.parquet", index_bytes(packed.index))
     assert load_index(store).fingerprint == packed.index.fingerprint

@@ -403,6 +403,7 @@ def test_kept_shards_are_those_of_the_plan_that_are_whole(videos: VideoSet, tmp_
     assert [result.number for result in kept_shards(plan, store)] == [0, 2]
     store.write("shards/000000.tar", store.read("shards/000000.tar")[:-1])
     store.delete("shards/000002.tar")
+    store.write("parts/000001.parquet", b"no Parquet")
     assert kept_shards(plan, store) == []
     assert [pack_shard(plan, number, store).reused for number in range(3)] == [False] * 3
 
