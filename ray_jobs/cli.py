@@ -134,7 +134,7 @@ def pack(
     num_frames: Annotated[int, typer.Option(help="Frames of a clip, uniform over time.")] = 25,
     short_side: Annotated[int, typer.Option(help="Pixels of a frame's short side, at most.")] = 256,
     jpeg_quality: Annotated[int, typer.Option(help="Of the packed frames, 1 to 100.")] = 90,
-    shard_megabytes: Annotated[float, typer.Option(help="Size of a shard, about.")] = 64,
+    shard_megabytes: Annotated[float, typer.Option(help="Size of a shard, about.")] = 64.0,
     seed: Annotated[int, typer.Option(help="Of the dealing to shards, and of the splits of a folder.")] = 0,
     max_rejected: Annotated[int, typer.Option(help="Videos that may fail to pack before the exit code says so.")] = 0,
     repair: Annotated[

@@ -90,7 +90,7 @@ def test_packing_killed_at_random_moments_and_its_s3_server_too_ends_as_in_a_sin
     local_site: Site, shared_data: Path, tmp_path: Path
 ) -> None:
     source = shared_data / "ut_interaction" / "videos"
-    options = PackOptions(num_frames=100, shard_megabytes=5)
+    options = PackOptions(num_frames=100, shard_megabytes=5.0)
     # The set as one go makes it, in this process and on a disk.
     single = open_store(str(tmp_path / "single"))
     plan = plan_packing(scan("hunted", source, "folders"), options)
