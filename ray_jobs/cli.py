@@ -152,7 +152,7 @@ def pack(
     from shards.datasets import scan
     from shards.plan import PackOptions
 
-    video_set = scan(name, videos, layout, splits, seed=seed)
+    video_set = scan(name, videos.absolute(), layout, splits, seed=seed)
     options = PackOptions(
         format=pack_format,
         num_frames=num_frames,
@@ -163,9 +163,10 @@ def pack(
     )
     site, console = _site(), _console()
     from ray_jobs import pack as job
+    from ray_jobs.plan import absolute
 
     run = job.repair if repair else job.pack
-    packed = run(site, video_set, to or site.dataset_uri(name), options, console)
+    packed = run(site, video_set, absolute(to) if to else site.dataset_uri(name), options, console)
     if video_set.num_unlisted:
         console.say(f"  {video_set.num_unlisted} videos are in no split file and were left out")
     console.result(
