@@ -128,14 +128,21 @@ def pack(
     to: Annotated[
         str | None, typer.Option(help="s3:// URI or folder to pack into (instead of the site's bucket).")
     ] = None,
+    pack_format: Annotated[
+        Literal["frames", "video"],
+        typer.Option("--format", help="JPEGs of the frames, or the files as they are."),
+    ] = "frames",
     num_frames: Annotated[int, typer.Option(help="Frames of a clip, uniform over time.")] = 25,
     short_side: Annotated[int, typer.Option(help="Pixels of a frame's short side, at most.")] = 256,
     jpeg_quality: Annotated[int, typer.Option(help="Of the packed frames, 1 to 100.")] = 90,
-    shard_megabytes: Annotated[int, typer.Option(help="Size of a shard, about.")] = 64,
+    shard_megabytes: Annotated[float, typer.Option(help="Size of a shard, about.")] = 64.0,
     seed: Annotated[int, typer.Option(help="Of the dealing to shards, and of the splits of a folder.")] = 0,
     max_rejected: Annotated[int, typer.Option(help="Videos that may fail to pack before the exit code says so.")] = 0,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Pack again only what `tavlad verify` finds damaged in the finished set.")
+    ] = False,
 ) -> None:
-    """Pack labelled videos into a WebDataset shard set.
+    """Pack labelled videos into a WebDataset shard set; killed and started again it does only what is missing.
 
     Examples:
 
@@ -144,10 +151,11 @@ def pack(
     `tavlad pack hmdb51_org/ --name hmdb51 --layout hmdb51 --splits testTrainMulti_7030_splits/`
     """
     from shards.datasets import scan
-    from shards.pack import PackOptions
+    from shards.plan import PackOptions
 
-    video_set = scan(name, videos, layout, splits, seed=seed)
+    video_set = scan(name, videos.absolute(), layout, splits, seed=seed)
     options = PackOptions(
+        format=pack_format,
         num_frames=num_frames,
         short_side=short_side,
         jpeg_quality=jpeg_quality,
@@ -155,9 +163,11 @@ def pack(
         seed=seed,
     )
     site, console = _site(), _console()
-    from ray_jobs.pack import pack as run
+    from ray_jobs import pack as job
+    from ray_jobs.plan import absolute
 
-    packed = run(site, video_set, to or site.dataset_uri(name), options, console)
+    run = job.repair if repair else job.pack
+    packed = run(site, video_set, absolute(to) if to else site.dataset_uri(name), options, console)
     if video_set.num_unlisted:
         console.say(f"  {video_set.num_unlisted} videos are in no split file and were left out")
     console.result(
@@ -172,6 +182,35 @@ def pack(
         raise ValueError(
             f"{len(packed.rejected)} videos were rejected (see {packed.uri}/rejected.parquet) and --max-rejected is "
             f"{max_rejected}: mend them and pack under another name, or allow them"
+        )
+
+
+@app.command()
+def verify(
+    dataset: Annotated[str, typer.Argument(help="A packed set: name, s3:// URI or folder.")],
+) -> None:
+    """Read every clip of a packed set again and compare it with its digest; exit code 2 if anything is wrong.
+
+    Examples:
+
+    `tavlad verify hmdb51`
+
+    `tavlad --json verify s3://tavlad/datasets/hmdb51`
+    """
+    site, console = _site(["s3", "ray"]), _console()
+    from ray_jobs.plan import locate_set
+    from ray_jobs.verify import show_problems, verify_set
+
+    verified = verify_set(site, locate_set(site, dataset), console)
+    if verified.problems:
+        show_problems(verified.problems, console)
+    else:
+        console.say(f"  whole: {len(verified.index.clips_table)} clips of {verified.uri}")
+    console.result(verified.document())
+    if verified.problems:
+        raise ValueError(
+            f"{verified.uri} has {len(verified.problems)} problems; repair it with the command that packed it and "
+            f"--repair: {verified.repair} (and the --layout and --splits it was packed with)"
         )
 
 

@@ -33,6 +33,12 @@ def num_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def num_cpus_of_a_node() -> int:
+    """CPUs of the smallest node that has any: a task that asks for more might never find a place."""
+    counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return min((count for count in counts if count > 0), default=1)
+
+
 def result_of(reference: Any) -> Any:
     """What a task returns; a mistake of the user is raised as the task raised it, without the task's traceback."""
     try:

@@ -74,15 +74,21 @@ class Console:
 
     def _lines(self, label: str, total: int) -> Advance:
         started = last = time.monotonic()
+        began: tuple[float, int] | None = None  # when the first things were done, and how many: starting up is no rate
 
         def advance(done: int, note: str = "") -> None:
-            nonlocal last
+            nonlocal last, began
             now = time.monotonic()
+            began = began or ((now, done) if done else None)
             if done < total and now - last < _SECONDS_BETWEEN_LINES:
                 return
             last = now
-            elapsed = now - started
-            left = f"{elapsed:.0f} s" if done >= total else f"{elapsed / max(done, 1) * (total - done):.0f} s left"
+            if done >= total:
+                left = f"{now - started:.0f} s"
+            elif began is None or done == began[1]:
+                left = "time left unknown"
+            else:
+                left = f"{(now - began[0]) / (done - began[1]) * (total - done):.0f} s left"
             self.say(f"  {label}: {done}/{total}, {left}" + (f", {note}" if note else ""))
 
         return advance

@@ -22,7 +22,7 @@ from ray_jobs.register import RegisteredRun
 from ray_jobs.report import DemoModel, DemoReport, Filmstrip, Step, write_report
 from ray_jobs.train import train
 from shards.datasets import VideoSet, scan
-from shards.pack import PackOptions
+from shards.plan import PackOptions
 from shards.render import render_videos
 from shards.scenes import PAIRS
 from shards.video import decode_clip

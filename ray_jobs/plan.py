@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from infra.site import Site
@@ -60,7 +61,12 @@ def _digest_of_weights(site: Site, recipe: Recipe) -> str:
 
 def locate_set(site: Site, dataset: str) -> str:
     """The URI of a packed set given by name, s3:// URI or folder."""
-    return dataset if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
+    return absolute(dataset) if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
+
+
+def absolute(place: str) -> str:
+    """The URI or folder as workers understand it, who run in folders of their own."""
+    return place if "://" in place else str(Path(place).absolute())
 
 
 def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:

@@ -223,5 +223,7 @@ def read_table(store: Store, path: str) -> tuple[pa.Table, dict[str, Any]]:
     try:
         table = pq.read_table(pa.BufferReader(store.read(path)))
     except pa.ArrowException as error:
-        raise ValueError(f"{store.uri}/{path} is not a Parquet file: delete it and run tavlad pack again") from error
+        raise ValueError(
+            f"{store.uri}/{path} is not a Parquet file: repair the set with its tavlad pack command and --repair"
+        ) from error
     return table, json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))

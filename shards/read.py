@@ -4,6 +4,7 @@ order → place → bytes (cache or ranged read) → digest → JPEGs → frames
 """
 
 import hashlib
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from shards.clip_bytes import decode_jpeg, read_tar_members
 from shards.index import ClipPlace, Index
 from shards.order import batch_slice, epoch_order, num_steps
+from shards.packed_video import decode_packed_video
 from shards.store import MissingObject, Store, StoreError
 from shards.transforms import VIEWS, View, crop_clip, draw_view
 from tavlad.clip import BadClip, ClipBatch
@@ -159,7 +161,9 @@ class ClipLoader:
 
 def decode_frames(members: bytes) -> UInt8[Tensor, "T 3 H W"]:
     """The frames of a packed clip, whose first member is its json. In memory the channels come last."""
-    return _stacked([decode_jpeg(jpeg) for jpeg in read_tar_members(members)[1:]])
+    facts, *files = read_tar_members(members)
+    frames_TCHW = decode_packed_video(json.loads(bytes(facts)), files[0])
+    return _stacked([decode_jpeg(jpeg) for jpeg in files]) if frames_TCHW is None else frames_TCHW
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
@@ -183,7 +187,7 @@ def _fetch(store: Store, place: ClipPlace) -> bytes:
     return members
 
 
-_REMEDY = "run tavlad verify to see what else is damaged, and pack the set again"
+_REMEDY = "run tavlad verify to see what else is damaged, and pack the set again with tavlad pack --repair"
 
 
 def _named(store: Store, place: ClipPlace) -> str:

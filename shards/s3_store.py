@@ -34,6 +34,7 @@ from shards.store import (
 
 _BODY_ATTEMPTS = 4  # boto3 retries requests, but not a body that breaks off while it is read
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "403", "401", "Unauthorized")
+_AILING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503", "504")
 _TRANSFER = TransferConfig(max_concurrency=4, multipart_threshold=32 << 20, multipart_chunksize=16 << 20)
 
 
@@ -240,4 +241,6 @@ def _explained(error: ClientError, place: str, bucket: str, access: S3Access) ->
     if code in ("InvalidRange", "416"):
         return StoreError(f"{place} ends before the bytes asked of it: it is damaged or not what the index describes")
     message = error.response.get("Error", {}).get("Message", "")
+    if code in _AILING:  # after all retries; a server that starts again answers so for a while
+        return StoreUnreachable(f"{access.place} cannot answer for {place} now ({code}: {message}): try again later")
     return StoreError(f"{access.place} answered {code} for {place}: {message}")

@@ -1,7 +1,7 @@
 """A video file becomes T frames, chosen exactly, or an error that says why it cannot."""
 
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.packet import Packet
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 from torch.nn import functional as F
 
 from tavlad.clip import BadClip, uniform_frame_indices
 
+_UNCONVERTED_PIXELS = 64_000_000  # of frames kept as decoded: about 100 MB at 4:2:0
+_PICTURES = ("_pipe", "image2")  # ends of the names of FFmpeg's formats of single pictures
 _RIFF, _EBML, _SEGMENT = b"RIFF", b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
@@ -48,25 +52,29 @@ class DecodedClip:
     height: int
 
 
-def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | None) -> DecodedClip:
+def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | None, suffix: str = "") -> DecodedClip:
     """Decodes `num_frames` frames, uniform over time, from a file or from its bytes.
 
     Frames are counted by decoding them all, in presentation order: containers are wrong (DivX files of HMDB51 claim one
     or two frames that do not exist). The short side becomes `short_side` pixels, or stays if it is shorter or None.
+    `suffix`, such as ".avi", helps to recognise a file of which only the bytes are known.
     Raises `VideoError` for whatever is missing, empty, truncated, damaged, or no video.
     """
     _check_whole(source)
     # An upper bound on the frames, without decoding. It is off by at most two for nearly all videos, so one pass that
-    # keeps the candidates of three counts is enough; memory holds at most 3 T small frames, whatever the video's size.
-    guess = max(1, sum(1 for _ in _Reader(source).packets()))
-    guesses = range(max(1, guess - 2), guess + 1)
+    # keeps the candidates of three counts is enough. Small ones are kept as decoded, and only the chosen are converted,
+    # which costs more than decoding; of large ones only one count's are kept, converted and shrunk, for the memory.
+    reader = _Reader(source, suffix)
+    guess = max(1, sum(1 for _ in reader.packets()))
+    is_small = 0 < 3 * num_frames * reader.num_pixels <= _UNCONVERTED_PIXELS
+    guesses = range(max(1, guess - 2) if is_small else guess, guess + 1)
     wanted = {index for count in guesses for index in uniform_frame_indices(count, num_frames)}
-    found = _decode(source, wanted, short_side)
+    found = _decode(_Reader(source, suffix), wanted, short_side, convert_late=is_small)
     indices = uniform_frame_indices(found.num_frames, num_frames)
     if not found.frames.keys() >= set(indices):
-        found = _decode(source, set(indices), short_side)
+        found = _decode(_Reader(source, suffix), set(indices), short_side, convert_late=False)
     return DecodedClip(
-        frames_THWC=np.stack([found.frames[index] for index in indices]),
+        frames_THWC=_converted(found.frames, indices, short_side),
         frame_indices=tuple(indices),
         num_source_frames=found.num_frames,
         source_fps=found.fps,
@@ -75,41 +83,73 @@ def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | N
     )
 
 
+def decode_frames_at(
+    source: str | Path | bytes, indices: Sequence[int], short_side: int | None, suffix: str = ""
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """The decoded frames of these numbers (0-based, ascending), as `decode_clip` gives them; decodes no further.
+
+    Raises `VideoError` like `decode_clip`, and for a video that ends before the last of them.
+    """
+    reader = _Reader(source, suffix)
+    found = _decode(reader, set(indices), short_side, convert_late=False, last=indices[-1])
+    if found.num_frames <= indices[-1]:
+        raise VideoError(reader.name, f"has {found.num_frames} frames, too few for frame {indices[-1]}")
+    return _converted(found.frames, indices, short_side)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Found:
-    frames: dict[int, UInt8[np.ndarray, "H W 3"]]
+    frames: dict[int, "av.VideoFrame | UInt8[np.ndarray, 'H W 3']"]
     num_frames: int
     fps: float
     width: int
     height: int
 
 
-def _decode(source: str | Path | bytes, wanted: Collection[int], short_side: int | None) -> _Found:
-    """One pass over all frames, keeping those wanted."""
-    reader = _Reader(source)
-    frames: dict[int, UInt8[np.ndarray, "H W 3"]] = {}
+def _decode(
+    reader: "_Reader", wanted: Collection[int], short_side: int | None, *, convert_late: bool, last: int | None = None
+) -> _Found:
+    """One pass over the frames up to number `last`, or over all, keeping those wanted: converted, or as decoded."""
+    frames: dict[int, av.VideoFrame | UInt8[np.ndarray, "H W 3"]] = {}
     num_frames, size = 0, (0, 0)
+    to_rgb = VideoReformatter()
     for frame in reader.frames():
         size = size if num_frames else (frame.width, frame.height)
         if (frame.width, frame.height) != size:
             change = f"from {size[0]}x{size[1]} to {frame.width}x{frame.height}"
             raise VideoError(reader.name, f"the frame size changes {change} at frame {num_frames}")
         if num_frames in wanted:
-            frames[num_frames] = _upright_rgb(frame, short_side)
+            frames[num_frames] = frame if convert_late else _upright_rgb(frame, short_side, to_rgb)
         num_frames += 1
+        if num_frames - 1 == last:
+            break
     if not num_frames:
         raise VideoError(reader.name, "not one frame can be decoded")
     width, height = size if reader.quarter_turns % 2 == 0 else size[::-1]
     return _Found(frames=frames, num_frames=num_frames, fps=reader.fps, width=width, height=height)
 
 
+def _converted(
+    frames: "dict[int, av.VideoFrame | UInt8[np.ndarray, 'H W 3']]", indices: Sequence[int], short_side: int | None
+) -> UInt8[np.ndarray, "T H W 3"]:
+    """The frames of these numbers; a short video has some of them several times."""
+    to_rgb = VideoReformatter()
+    rgb: dict[int, UInt8[np.ndarray, "H W 3"]] = {}
+    for index in set(indices):
+        frame = frames[index]
+        rgb[index] = _upright_rgb(frame, short_side, to_rgb) if isinstance(frame, av.VideoFrame) else frame
+    return np.stack([rgb[index] for index in indices])
+
+
 class _Reader:
     """Packets and frames of a file's main video stream; every failure of the decoder becomes a `VideoError`."""
 
-    def __init__(self, source: str | Path | bytes) -> None:
+    def __init__(self, source: str | Path | bytes, suffix: str) -> None:
         self._source = source
+        self._suffix = suffix
         self.name = _name_of(source)
         self.fps = 0.0
+        self.num_pixels = 0
         self.quarter_turns = 0
 
     def packets(self) -> "Iterator[Packet[Any]]":
@@ -131,14 +171,19 @@ class _Reader:
                 yield frame
 
     def _packets(self) -> "Iterator[Packet[Any]]":
-        source = io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source)
+        source = _NamedBytes(self._source, self._suffix) if isinstance(self._source, bytes) else str(self._source)
         try:
             # Some HMDB51 files carry metadata that is not UTF-8.
             with av.open(source, mode="r", metadata_errors="replace") as container:
+                if container.format.name.endswith(_PICTURES):
+                    raise VideoError(self.name, f"is a picture ({container.format.name}), not a video")
                 stream = container.streams.best("video")
                 if not isinstance(stream, av.VideoStream):
                     raise VideoError(self.name, "holds no video stream that can be decoded")
+                if stream.disposition & Disposition.attached_pic:
+                    raise VideoError(self.name, "holds sound and a cover picture, and no video")
                 self.fps = float(stream.average_rate or 0)
+                self.num_pixels = stream.codec_context.width * stream.codec_context.height
                 stream.codec_context.thread_count = 1  # packing runs a process a core; and errors come in order
                 for packet in container.demux(stream):
                     if packet.is_corrupt:
@@ -148,9 +193,20 @@ class _Reader:
             raise VideoError(self.name, f"cannot be read as a video ({_plain(error)})") from error
 
 
-def _upright_rgb(frame: av.VideoFrame, short_side: int | None) -> UInt8[np.ndarray, "H W 3"]:
+class _NamedBytes(io.BytesIO):
+    """A file's bytes; FFmpeg asks for the name, whose suffix tells some containers from others."""
+
+    def __init__(self, content: bytes, suffix: str) -> None:
+        super().__init__(content)
+        self.name = f"video{suffix}"
+
+
+def _upright_rgb(frame: av.VideoFrame, short_side: int | None, to_rgb: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
     """8-bit RGB whatever the pixel format, turned as the file asks, resized with antialiasing."""
-    rgb_HWC = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+    # One converter for all frames, and one thread: starting threads costs more than a small frame, and a packing
+    # process has one core.
+    decoded_HWC = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    rgb_HWC = np.rot90(decoded_HWC, _quarter_turns(frame))
     height, width = rgb_HWC.shape[:2]
     shortest = min(height, width)
     if short_side is None or shortest <= short_side:

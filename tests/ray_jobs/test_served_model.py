@@ -14,7 +14,8 @@ import torch
 
 from ray_jobs.served_model import ServedModel, clip_of, sources_of, stage_code
 from shards.datasets import scan
-from shards.pack import PackOptions, finish, pack_shard, plan_packing
+from shards.pack import finish, pack_shard
+from shards.plan import PackOptions, plan_packing
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import open_store
 from shards.video import decode_clip

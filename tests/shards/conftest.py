@@ -11,7 +11,8 @@ import pytest
 
 from shards.datasets import VideoSet, scan
 from shards.index import Index
-from shards.pack import PackOptions, PackPlan, finish, pack_shard, plan_packing
+from shards.pack import finish, pack_shard
+from shards.plan import PackOptions, PackPlan, plan_packing
 from shards.store import Store, open_store
 
 ACTIONS = ("clap", "jump", "wave")

@@ -15,7 +15,8 @@ from shards.store import open_store
 def test_index_says_what_the_set_is(packed) -> None:
     index = load_index(packed.store)
     assert (index.name, index.actions, index.num_frames) == ("numbers", ("clap", "jump", "wave"), 4)
-    assert index.packing == {"num_frames": 4, "short_side": 32, "jpeg_quality": 90, "shard_megabytes": 64.0, "seed": 0}
+    sizes = {"num_frames": 4, "short_side": 32, "jpeg_quality": 90, "shard_megabytes": 64.0}
+    assert index.packing == {"format": "frames", **sizes, "seed": 0}
     assert (index.plan, index.fingerprint) == (packed.plan.fingerprint, packed.index.fingerprint)
     assert index.clips_table.table.equals(packed.index.clips_table.table)
 
@@ -104,7 +105,7 @@ def test_index_of_another_format_or_none_is_told(packed, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"index\.parquet has format 99, not 1: pack the set again"):
         load_index(store)
     store.write("index.parquet", b"PAR1 and then nothing")
-    with pytest.raises(ValueError, match=r"index\.parquet is not a Parquet file: delete it and run tavlad pack again"):
+    with pytest.raises(ValueError, match=r"index\.parquet is not a Parquet file: repair the set with"):
         load_index(store)
     store.write("index.parquet", index_bytes(packed.index))
     assert load_index(store).fingerprint == packed.index.fingerprint

@@ -214,7 +214,7 @@ def test_missing_shard_stops_the_run_with_its_name(packed, copy_of_packed: Store
 
 
 def test_index_of_another_set_stops_the_run(packed, numbered, tmp_path) -> None:
-    from shards.pack import plan_packing
+    from shards.plan import plan_packing
 
     store = open_store(str(tmp_path))
     other = numbered.pack(plan_packing(packed.videos, replace(packed.plan.options, jpeg_quality=60)), store)

@@ -67,6 +67,18 @@ def test_groups_of_ucf101_are_25_an_action_and_never_on_both_sides(ucf101: Listi
         assert all(len(found) == 1 for found in parts.values())
 
 
+def test_source_videos_of_hmdb51_are_never_on_both_sides_of_an_action(hmdb51: Listing) -> None:
+    """What its publishers promise. The same film may give one action's training and another action's test clips."""
+    for split in range(3):
+        sides = defaultdict(set)
+        for video in hmdb51.videos:
+            if video.splits[split] != "unused":
+                sides[video.action, video.group].add(video.splits[split])
+        assert len(sides) > 1900
+        assert all(len(found) == 1 for found in sides.values())
+    assert len({video.group for video in hmdb51.videos}) == 1407, "as many source videos as the names tell apart"
+
+
 def test_group_of_hmdb51_is_the_source_video(hmdb51: Listing) -> None:
     groups = {video.name: video.group for video in hmdb51.videos}
     assert groups["wave/50_FIRST_DATES_wave_u_cm_np1_fr_med_36.avi"] == "50_FIRST_DATES"

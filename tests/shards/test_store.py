@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 from pyarrow.fs import FileSelector
 
+from shards.s3_store import S3Store
 from shards.store import (
     AccessRefused,
     MissingObject,
@@ -262,3 +264,12 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="file/a"):
         open_store(str(tmp_path / "file")).write("a", b"")
+
+
+@pytest.mark.parametrize(("code", "kind"), [("SlowDown", StoreUnreachable), ("InvalidArgument", StoreError)])
+def test_server_that_cannot_answer_now_is_told_from_one_that_answers(code: str, kind: type[StoreError]) -> None:
+    access = S3Access(endpoint_url="http://127.0.0.1:9", access_key="a", secret_key="b")
+    store = S3Store(uri="s3://bucket/set", access=access)
+    with pytest.raises(StoreError, match=code) as caught, store.errors("index.parquet"):
+        raise ClientError({"Error": {"Code": code, "Message": "why"}}, "GetObject")
+    assert type(caught.value) is kind

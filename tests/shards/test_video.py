@@ -1,14 +1,18 @@
 """A video gives exactly its uniform decoded frames, or an error that says why not."""
 
 import pickle
+import subprocess
+import sys
 import wave
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
-from shards.video import VideoError, decode_clip
+from shards.video import VideoError, _Reader, decode_clip
 from tavlad.clip import uniform_frame_indices
 
 
@@ -238,6 +242,102 @@ def test_what_is_no_video_is_an_error_that_says_so(tmp_path: Path) -> None:
             decode_clip(path, 5, None)
         assert caught.value.path == str(path)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("h264", "h264"), ("ts", "mpeg2video"), ("live.mkv", "h264")])
+def test_container_that_does_not_count_its_frames_is_counted(suffix: str, codec: str, tmp_path: Path, numbered) -> None:
+    path = tmp_path / f"v.{suffix}"
+    numbered.write(path, 37, codec=codec, options={"bf": "2", "g": "9"})
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    clip = decode_clip(path, 25, None)
+    assert clip.num_source_frames == 37
+    assert [numbered.read(frame_HWC) for frame_HWC in clip.frames_THWC] == uniform_frame_indices(37, 25)
+
+
+def test_interlaced_frames_are_counted_as_frames(tmp_path: Path, numbered) -> None:
+    path = tmp_path / "v.mpg"
+    numbered.write(path, 31, codec="mpeg2video", options={"flags": "+ilme+ildct", "bf": "2", "field_order": "tt"})
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).interlaced_frame
+    assert numbers_of(path, 25, numbered) == uniform_frame_indices(31, 25)
+
+
+def write_sound(path: Path, cover: np.ndarray | None = None) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        picture = None
+        if cover is not None:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.height, picture.width, picture.pix_fmt = *cover.shape[:2], "yuvj420p"
+            picture.disposition = Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        if picture is not None:
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
+            container.mux(picture.encode())
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_sound_alone_or_with_a_cover_is_no_video(tmp_path: Path, numbered) -> None:
+    with pytest.raises(VideoError, match="holds no video stream"):
+        decode_clip(write_sound(tmp_path / "sound.mp4"), 5, None)
+    with pytest.raises(VideoError, match="holds sound and a cover picture, and no video"):
+        decode_clip(write_sound(tmp_path / "song.mp4", numbered.draw(1)), 5, None)
+
+
+@pytest.mark.parametrize(("codec", "pixels"), [("png", "rgb24"), ("mjpeg", "yuvj420p"), ("bmp", "bgr24")])
+def test_picture_renamed_is_no_video(codec: str, pixels: str, tmp_path: Path, numbered) -> None:
+    encoder = av.CodecContext.create(codec, "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 64, 48, pixels, Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(numbered.draw(1), format="rgb24").reformat(format=pixels)
+    frame.pts, frame.time_base = 0, Fraction(1, 25)
+    path = tmp_path / "holiday.mp4"
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)]))
+    with pytest.raises(VideoError, match=r"holiday\.mp4: is a picture \(.*_pipe\), not a video"):
+        decode_clip(path, 5, None)
+
+
+@pytest.mark.parametrize("lies", [0, 2, 5])
+def test_frames_kept_for_the_wrong_count_are_decoded_again(
+    lies: int, tmp_path: Path, numbered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large videos are kept for one count of frames, small ones for three; a count that is off costs a second pass."""
+    path = numbered.write(tmp_path / "v.mp4", 40, codec="h264")
+    packets = _Reader.packets
+    monkeypatch.setattr(_Reader, "packets", lambda self: [*packets(self), *[None] * lies])
+    small = decode_clip(path, 9, 24)
+    monkeypatch.setattr("shards.video._UNCONVERTED_PIXELS", 0)
+    large = decode_clip(path, 9, 24)
+    assert np.array_equal(small.frames_THWC, large.frames_THWC)
+    assert list(small.frame_indices) == list(large.frame_indices) == uniform_frame_indices(40, 9)
+    assert small.num_source_frames == large.num_source_frames == 40
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_size_and_number_of_frames(tmp_path: Path, numbered) -> None:
+    """25 frames of 4K are 620 MB of RGB, and 310 MB as decoded; decoding must hold a few at a time."""
+    frames = [numbered.draw(index, 2160, 3840) for index in range(4)]
+    path = numbered.write_frames(tmp_path / "4k.mp4", frames * 15, codec="mpeg4")
+    program = f"""
+from pathlib import Path
+from shards.video import decode_clip
+
+def peak_mib():  # of this program alone; getrusage's begins at its parent's
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+decode_clip({str(numbered.write(tmp_path / "small.mp4", 3, codec="mpeg4"))!r}, 25, 256)
+before = peak_mib()
+clip = decode_clip({str(path)!r}, 25, 256)
+assert clip.frames_THWC.shape == (25, 256, 455, 3) and clip.num_source_frames == 60
+print(peak_mib() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200, "MiB above a small video's"
 
 
 def test_real_videos_have_the_frames_that_were_counted_for_them(shared_data: Path) -> None:
