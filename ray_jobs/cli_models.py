@@ -1,8 +1,9 @@
 """The verbs of a registered model: list, choose, fetch, use."""
 
 import datetime
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -158,6 +159,68 @@ def predict(
     if done.failures:
         out.say(f"{len(done.failures)} of {done.num_videos} videos could not be used")
         raise typer.Exit(BAD_VIDEO)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[Literal["pt2", "onnx"], typer.Option(help="torch.export program, or ONNX.")],
+    check: Annotated[
+        list[str] | None, typer.Option(help="Videos to compare the two on (instead of noise); files or folders.")
+    ] = None,
+) -> None:
+    """Write a model as one file that runs without tavlad, for any number of clips, and compare it with the original.
+
+    Example: `tavlad export tavlad-hmdb51-split1@best model.onnx --to onnx --check clips/`
+    """
+    # A directory needs no services.
+    tracking_uri = "" if Path(model).is_dir() else site(["s3", "mlflow"]).mlflow_uri
+    from ray_jobs.export import export_model
+
+    out = console()
+    exported = export_model(tracking_uri, model, to, file, check or [])
+    compared = f"{exported.num_clips} clips{'' if check else ' of noise'}"
+    out.say(f"{exported.path}: on {compared} no probability differs by more than {exported.difference:.1e}")
+    out.result({"path": str(exported.path), "clips": exported.num_clips, "difference": exported.difference})
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to answer at; another than loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to answer at.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model on the cluster.")] = 1,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest video taken.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Time for one answer.")] = 60.0,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token that requests must bear.")] = None,
+) -> None:
+    """Answer predictions over HTTP until interrupted, by Ray Serve.
+
+    Examples:
+
+    `tavlad serve tavlad-hmdb51-split1@best`, then `curl -F video=@clip.mp4 http://127.0.0.1:8000/predict`
+
+    `tavlad serve tavlad-hmdb51-split1@best --host 0.0.0.0 --token-file token.txt --replicas 4`
+    """
+    if token_file is not None and not token_file.is_file():
+        raise ValueError(f"{token_file} does not exist: write the token into it")
+    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    chosen = site()
+    _require_serve()
+    from ray_jobs.serve import ServeOptions, serve_model
+
+    options = ServeOptions(
+        host=host, port=port, replicas=replicas, max_megabytes=max_megabytes, seconds=seconds, token=token
+    )
+    serve_model(chosen, model, options, console())
+
+
+def _require_serve() -> None:
+    """ValueError that names the extra when Ray Serve's own requirements are not installed."""
+    missing = [name for name in ("fastapi", "python_multipart", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"serving needs {', '.join(missing)}: install the extra `serve`, pip install 'tavlad[serve]'")
 
 
 def _show(rows: list[dict[str, Any]], timeline: bool) -> None:

@@ -112,6 +112,8 @@ def _places(map_BDHW: Tensor, num_clips: int, num_frames: int) -> Tensor:
 
 def _run_trunk(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"]) -> TrunkMaps:
     """The trunk's maps of 0-255 images; in bounded passes where no gradient is wanted."""
+    if torch.compiler.is_exporting():  # a program of any batch size has no loop over its passes
+        return _normalise_and_run(trunk, images_BCHW)
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters()):
         return _normalise_and_run(trunk, images_BCHW)
     with torch.no_grad():
