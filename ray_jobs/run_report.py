@@ -62,7 +62,7 @@ def write_run_report(path: Path, report: RunReport) -> None:
     bars = image(figures.png(figures.per_action_bars(report.scores.confusion, report.actions)), "png", "accuracies")
     sections = [
         f"<h1>{html.escape(report.name)}</h1>",
-        table(["", ""], [[html.escape(name), html.escape(value)] for name, value in report.facts.items()]),
+        table(["fact", "value"], [[html.escape(name), html.escape(value)] for name, value in report.facts.items()]),
         _links(report.links),
         "<h2>Training</h2>",
         image(figures.png(figures.training_curves(report.history)), "png", "training curves"),

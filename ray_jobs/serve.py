@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class ServeOptions:
 
 
 def serve_model(site: Site, model: str, options: ServeOptions, console: Console) -> None:
-    """Serve until this process is interrupted. ValueError when the cluster serves something already."""
+    """Serve until this process is interrupted or terminated. ValueError when the cluster serves something already."""
     connect(site)
     if serve.status().proxies:
         raise ValueError("this cluster serves something already, on the one address it has: end that first")
@@ -72,6 +73,7 @@ def serve_model(site: Site, model: str, options: ServeOptions, console: Console)
         address = f"http://{options.host}:{options.port}"
         console.say(f"  {address}/predict takes a video; {address}/openapi.json says how; Ctrl-C ends it")
         console.result({"address": address, "model": model})
+        signal.signal(signal.SIGTERM, _interrupt)
         while True:
             time.sleep(1)
     finally:
@@ -116,6 +118,10 @@ class Replica:
         if size > max_bytes:
             raise ValueError(f"{uri} has {size} bytes: at most {max_bytes} are taken")
         return store.read(path)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _deployment(num_replicas: int) -> Any:  # Ray Serve's decorators hide the class's type
