@@ -35,7 +35,8 @@ class RunRecords:
         }
         self._spec = RunSpec(
             experiment=f"tavlad/{plan.dataset_name}",
-            name=plan.name,
+            # Legends are short, and the experiment says the set.
+            name=f"{plan.recipe.model.variant} split{plan.split} {plan.name.rpartition('-')[2][:6]}",
             tags={RUN_TAG: plan.name, "kind": "train", **tags},
             params=plan.recipe.flat() | {"split": plan.split},
         )

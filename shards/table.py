@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +25,7 @@ class TableWriter:
         self._schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
         self._rows: list[dict[str, object]] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TableWriter":
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = pq.ParquetWriter(self._partial, self._schema)
         return self

@@ -90,7 +90,7 @@ def steps_told(server: MlflowServer, kind: str, metric: str) -> list[tuple[int, 
 def assert_all_is_told_once(server: MlflowServer, site: Site) -> None:
     """What MLflow holds is what the last checkpoint remembers: each epoch once, in order, in both its runs."""
     (parent,) = runs_of(server, "train")
-    name = MlflowClient(server.uri).get_run(parent).info.run_name
+    name = MlflowClient(server.uri).get_run(parent).data.tags["tavlad.run"]
     store = open_store(site.runs_uri, site.s3)
     last = max(path for path in store.list(f"{name}/checkpoints/") if path.endswith("history.json"))
     history = json.loads(store.read(last))
