@@ -17,6 +17,24 @@ _TABLE_ROWS = 200
 
 
 @app.command()
+def deliver() -> None:
+    """Tell MLflow what trainings on this machine could not tell it while it was away. Twice is the same as once.
+
+    Example: `tavlad deliver`
+    """
+    chosen = site(["s3", "mlflow"])
+    from ray_jobs.run_records import deliver_waiting
+
+    left = deliver_waiting(chosen)
+    waiting = {name: count for name, count in left.items() if count}
+    out = console()
+    for name, count in waiting.items():
+        out.say(f"{count} records of {name} wait still")
+    out.say(f"MLflow knows all of {len(left) - len(waiting)} runs of this machine")
+    out.result({"runs": len(left), "waiting": waiting})
+
+
+@app.command()
 def models(
     name: Annotated[str | None, typer.Argument(help="One registered model (instead of all).")] = None,
 ) -> None:

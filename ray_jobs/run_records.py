@@ -10,7 +10,8 @@ from infra.site import Site
 from ray_jobs.plan import TrainingPlan
 from shards.index import Index
 from tavlad.runlog import RUN_TAG, RunSpec
-from tavlad.tracking import Tracker, comparison_url
+from tavlad.spool import Spool
+from tavlad.tracking import Tracker, comparison_url, deliver_spool, require_answer
 
 SECONDS_FOR_DELIVERY = 30.0
 """How long a verb waits at its end for what it told MLflow."""
@@ -24,7 +25,7 @@ class RunRecords:
     def __init__(self, site: Site, plan: TrainingPlan, index: Index) -> None:
         self._site = site
         self._plan = plan
-        self._folder = (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool" / plan.name
+        self._folder = _spools(site) / plan.name
         tags = {
             "dataset": plan.dataset_name,
             "split": str(plan.split),
@@ -100,6 +101,25 @@ class RunRecords:
     def _log_dataset(self, tracker: Tracker) -> None:
         plan = self._plan
         tracker.log_dataset(plan.dataset_name, self._index.fingerprint, plan.dataset_uri, f"split{plan.split}")
+
+
+def deliver_waiting(site: Site) -> dict[str, int]:
+    """Tell MLflow what runs of this machine could not tell it; how many records wait still, by spool.
+
+    Spools that a training holds now are left to it. TrackingError when the server does not answer.
+    """
+    require_answer(site.mlflow_uri)
+    left: dict[str, int] = {}
+    for lines in sorted(_spools(site).glob("*/*/lines.jsonl")):
+        name = f"{lines.parent.parent.name}/{lines.parent.name}"
+        if not Spool.is_held(lines.parent):
+            left[name] = deliver_spool(site.mlflow_uri, lines.parent, SECONDS_FOR_DELIVERY)
+    return left
+
+
+def _spools(site: Site) -> Path:
+    """Where this machine keeps what it still has to tell the site's MLflow."""
+    return (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool"
 
 
 def _git_commit() -> str:
