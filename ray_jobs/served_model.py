@@ -91,7 +91,7 @@ class ServedModel:
 
         Videos that cannot be used come in their place. Threads decode the next videos while the model computes.
         """
-        num_threads = max(1, min(_MAX_DECODERS, len(os.sched_getaffinity(0))))
+        num_threads = min(_MAX_DECODERS, os.cpu_count() or 1)
         clips = read_ahead(sources, self.card, windows, num_threads)
         try:
             while batch := list(islice(clips, self._predictor.batch_size)):

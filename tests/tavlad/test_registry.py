@@ -321,6 +321,7 @@ def register_several(uri: str, name: str, folder: Path, accuracies: list[int]) -
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_fifty_registrations_by_several_processes_leave_the_most_accurate_as_best(
     mlflow_server: MlflowServer, name: str, tmp_path: Path
 ) -> None:
