@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from infra.site import Site
 from shards.index import load_index
@@ -53,7 +53,8 @@ def test_a_fresh_environment_predicts_real_clips_as_evaluation_did(
 
     client = MlflowClient(local_site.mlflow_uri)
     version = client.get_model_version_by_alias("tavlad-fresh-split1", "best")
-    files = Path(mlflow.artifacts.download_artifacts(version.source, tracking_uri=local_site.mlflow_uri))
+    at = client.get_model_version_download_uri(version.name, version.version)
+    files = Path(get_artifact_repository(at, tracking_uri=local_site.mlflow_uri).download_artifacts(""))
     suffixes = {path.suffix for path in files.rglob("*") if path.is_file()}
     assert suffixes == {"", ".json", ".safetensors", ".py", ".yaml", ".txt"}, "no pickle is among its files"
 
@@ -62,11 +63,7 @@ def test_a_fresh_environment_predicts_real_clips_as_evaluation_did(
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--python", str(python)]
     subprocess.run([*uv, "mlflow==3.17.2", "-r", str(files / "requirements.txt")], check=True)
 
-    table = pq.read_table(
-        mlflow.artifacts.download_artifacts(
-            run_id=version.run_id, artifact_path="predictions.parquet", tracking_uri=local_site.mlflow_uri
-        )
-    )
+    table = pq.read_table(client.download_artifacts(version.run_id, "predictions.parquet", str(tmp_path)))
     index = load_index(open_store(local_site.dataset_uri("fresh"), local_site.s3))
     clips = index.clips_table.table
     source_of = dict(zip(clips["key"].to_pylist(), clips["source"].to_pylist(), strict=True))
