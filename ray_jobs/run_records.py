@@ -76,7 +76,10 @@ class RunRecords:
         return comparison_url(self._site.mlflow_uri, self._spec.experiment, tags)
 
     def finish(self) -> None:
-        """The training is done."""
+        """The training is done. What an earlier process could not tell of its stages is told too."""
+        for number, _ in self._plan.stages:
+            if (self._folder / f"stage{number}").exists():
+                self._stage(number)
         for tracker in (*self._stages.values(), self.parent):
             tracker.finish()
 
