@@ -99,7 +99,10 @@ def main() -> None:
         directory = Path(folder) / "model"
         build(directory, options.trunk, options.crop)
         ours(directory, videos[:BATCH_SIZE])  # warms up
-        rounds = [(bare(directory, videos), ours(directory, videos)) for _ in range(options.rounds)]
+        rounds: list[tuple[float, float]] = []
+        for _ in range(options.rounds):
+            rounds.append((bare(directory, videos), ours(directory, videos)))
+            print(f"bare {rounds[-1][0]:.2f}, predict {rounds[-1][1]:.2f} clips/s", file=sys.stderr, flush=True)
         quarter = peak_megabytes(directory, videos[::4])
         whole = peak_megabytes(directory, videos)
     ratios = [second / first for first, second in rounds]
