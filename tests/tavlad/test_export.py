@@ -3,9 +3,11 @@
 import importlib.util
 import io
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,14 @@ from tavlad.checkpoint import load_model
 from tavlad.export import export
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def unchecked_shapes() -> Generator[None]:
+    """A traced program's sizes are symbols, which the checks of shapes take for no numbers."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def run_pt2(path: Path, frames: torch.Tensor) -> tuple[np.ndarray, dict]:
