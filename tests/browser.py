@@ -40,8 +40,9 @@ def opened_page() -> Generator[Page]:
 def picture_of(page: Page, path: Path) -> None:
     """What the page shows now, with its animations at their end, without the panel of MLflow's assistant."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(1500)  # charts draw themselves in
     panel = page.locator("xpath=//*[text()='MLflow Assistant']/ancestor::*[count(.//button) >= 3][1]//button")
     if panel.count():
         panel.last.click()
-    page.wait_for_timeout(1500)  # charts draw themselves in
+        page.wait_for_timeout(1500)
     page.screenshot(path=path)
