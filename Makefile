@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos check format install lock clean help
+.PHONY: demo test test-fast chaos fresh-model screenshots check format install lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,12 @@ test-fast: $(INSTALLED)  ## the suite without the slow tests
 
 chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing is lost
 	@$(BIN)/python -m pytest -m chaos
+
+fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
+	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py
+
+screenshots: $(INSTALLED)  ## the README's pictures of MLflow's pages, of what the local site holds (after make demo)
+	@$(BIN)/python -m tests.screenshots docs/pictures
 
 check: $(INSTALLED)  ## lint, format, types, import directions
 	$(BIN)/ruff check .

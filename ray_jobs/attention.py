@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ray_jobs.clips import clip_of
 from ray_jobs.console import Console
 from ray_jobs.models import fetch_model
-from ray_jobs.served_model import clip_of
 from shards.render import encode_video
 from tavlad import figures
 from tavlad.backbone import load_weights

@@ -2,17 +2,17 @@
 
 import dataclasses
 import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from infra.site import Site, activate, load_site
-from ray_jobs.console import Console
+from ray_jobs import cli_models
+from ray_jobs.cli_settings import Settings
+from ray_jobs.cli_settings import console as _console
+from ray_jobs.cli_settings import site as _site
 
 _USER_ERROR = 2
-_BAD_VIDEO = 3
 
 app = typer.Typer(
     name="tavlad",
@@ -25,32 +25,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class _Settings:
-    """The global options, filled before any verb runs."""
-
-    site_name = "local"
-    json_output = False
-
-
-def _console() -> Console:
-    return Console(json_output=_Settings.json_output)
-
-
-def _site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
-    """The chosen site; those of the embedded one's services that are needed are started if they are not running.
-
-    To be called before any module that imports ray: Ray reads its authentication settings when it is imported.
-    """
-    if _Settings.site_name != "local":
-        site = load_site(_Settings.site_name)
-    else:
-        from infra.local import up as start
-
-        site = start(progress=_console().say, services=services)
-    activate(site)
-    return site
 
 
 SplitOption = Annotated[int, typer.Option(min=1, max=3, help="Split 1, 2 or 3.")]
@@ -69,8 +43,8 @@ def settings(
     json: Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")] = False,
 ) -> None:
     """Options of every verb."""
-    _Settings.site_name = site
-    _Settings.json_output = json
+    Settings.site_name = site
+    Settings.json_output = json
 
 
 @app.command()
@@ -330,38 +304,6 @@ def evaluate(
 
 
 @app.command()
-def predict(
-    model: Annotated[str, typer.Argument(help="NAME@best, NAME/VERSION or a model's directory.")],
-    videos: Annotated[list[Path], typer.Argument(help="Video files.")],
-    top: Annotated[int, typer.Option(min=1, help="Actions to name for each video.")] = 5,
-) -> None:
-    """Name the actions in videos with a registered model. A bad video is reported, the others are done (exit code 3).
-
-    Example: `tavlad predict tavlad-demo-split1@best clip.mp4 --top 3`
-    """
-    from ray_jobs.predict import predict_videos
-
-    console = _console()
-    # A directory needs no services.
-    tracking_uri = "" if Path(model).is_dir() else _site(["s3", "mlflow"]).mlflow_uri
-    predictions, failures = predict_videos(tracking_uri, model, videos, top)
-    rows = [[each.video, str(each.rank), each.action, f"{each.probability:.1%}"] for each in predictions]
-    console.table(["video", "rank", "action", "probability"], rows)
-    for video, reason in failures:
-        console.say(f"not predicted: {video}: {reason}")
-    document: dict[str, Any] = {
-        "predictions": [
-            {"video": each.video, "rank": each.rank, "action": each.action, "probability": each.probability}
-            for each in predictions
-        ],
-        "failures": [{"video": video, "reason": reason} for video, reason in failures],
-    }
-    console.result(document)
-    if failures:
-        raise typer.Exit(_BAD_VIDEO)
-
-
-@app.command()
 def attention(
     model: Annotated[str, typer.Argument(help="NAME@best, NAME/VERSION or a model's directory.")],
     clips: Annotated[list[Path], typer.Option(help="A video file; may be given several times.")],
@@ -456,6 +398,9 @@ def demo(
     from ray_jobs.demo import run_demo
 
     console.result(run_demo(site, videos, name, workers, console))
+
+
+app.add_typer(cli_models.app)
 
 
 def main(arguments: list[str] | None = None) -> None:

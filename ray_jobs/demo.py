@@ -26,7 +26,7 @@ from shards.plan import PackOptions
 from shards.render import render_videos
 from shards.scenes import PAIRS
 from shards.video import decode_clip
-from tavlad.registry import registered_models
+from tavlad.registry_queries import registered_models
 
 NUM_FRAMES = 16
 SHORT_SIDE = 128

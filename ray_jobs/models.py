@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tavlad.registry import download_model
+from tavlad.pull import pull
 
 
 def fetch_model(tracking_uri: str, name: str, scratch: Path) -> Path:
@@ -10,4 +10,4 @@ def fetch_model(tracking_uri: str, name: str, scratch: Path) -> Path:
     directory = Path(name)
     if directory.is_dir():
         return directory
-    return download_model(tracking_uri, name, scratch)
+    return pull(tracking_uri, name, scratch).directory

@@ -1,18 +1,18 @@
 """tavlad register: what a training leaves behind in MLflow, and its model in the registry."""
 
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from infra.site import Site
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
+from ray_jobs.run_records import SECONDS_FOR_DELIVERY, RunRecords
+from ray_jobs.run_report import RunReport, write_run_report
 from ray_jobs.served_model import stage_code
 from ray_jobs.worker import HISTORY, SCORES, load_scores
 from shards.index import Index
@@ -23,12 +23,10 @@ from tavlad import figures
 from tavlad.checkpoint import STATE, load_model
 from tavlad.metrics import Scores
 from tavlad.registry import Registered, register
-from tavlad.runlog import RUN_TAG, RunSpec
 from tavlad.tracking import Tracker
 
-_SECONDS_BETWEEN_SYSTEM_METRICS = 10.0
-_SECONDS_FOR_DELIVERY = 30.0
 _ATTENTION_CLIPS = 6
+_ATTENTION = "attention.png"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,72 +53,6 @@ class RegisteredRun:
             "variant": self.plan.recipe.model.variant,
             "test_top1": self.scores.top(1),
         }
-
-
-class RunRecords:
-    """The MLflow runs of one training: a parent and one for each stage. Nothing here waits for the server."""
-
-    def __init__(self, site: Site, plan: TrainingPlan, index: Index) -> None:
-        self._site = site
-        self._plan = plan
-        self._folder = (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool" / plan.name
-        tags = {
-            "dataset": plan.dataset_name,
-            "split": str(plan.split),
-            "variant": plan.recipe.model.variant,
-            "fingerprint": plan.dataset_fingerprint,
-            "recipe": plan.recipe.fingerprint(),
-            "git": _git_commit(),
-        }
-        self._spec = RunSpec(
-            experiment=f"tavlad/{plan.dataset_name}",
-            name=plan.name,
-            tags={RUN_TAG: plan.name, **tags},
-            params=plan.recipe.flat() | {"split": plan.split},
-        )
-        self._tags = tags
-        self.parent = Tracker(site.mlflow_uri, self._spec, self._folder / "parent")
-        self.parent.log_dataset(plan.dataset_name, index.fingerprint, plan.dataset_uri, f"split{plan.split}")
-        self._stages: dict[int, Tracker] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for tracker in (*self._stages.values(), self.parent):
-            if kind is not None:
-                tracker.finish("FAILED")
-            tracker.close(_SECONDS_FOR_DELIVERY)
-
-    def log_epoch(self, row: dict[str, Any]) -> None:
-        """One epoch's metrics in its stage's run; told twice it is logged once."""
-        metrics = {name: value for name, value in row.items() if name not in ("stage", "epoch")}
-        self._stage(row["stage"]).log_metrics(metrics, step=row["epoch"])
-
-    def finish(self) -> None:
-        """The training is done."""
-        for tracker in (*self._stages.values(), self.parent):
-            tracker.finish()
-
-    def _stage(self, number: int) -> Tracker:
-        if number not in self._stages:
-            stage = self._plan.recipe.stage1 if number == 1 else self._plan.recipe.stage2
-            spec = RunSpec(
-                experiment=self._spec.experiment,
-                name=f"stage{number}",
-                tags={RUN_TAG: f"{self._plan.name}/stage{number}", **self._tags},
-                params={name: getattr(stage, name) for name in stage.__dataclass_fields__},
-                parent=self._spec,
-            )
-            self._stages[number] = Tracker(
-                self._site.mlflow_uri,
-                spec,
-                self._folder / f"stage{number}",
-                seconds_between_system_metrics=_SECONDS_BETWEEN_SYSTEM_METRICS,
-            )
-        return self._stages[number]
 
 
 def register_finished(site: Site, recipe: Recipe, split: int, console: Console) -> RegisteredRun:
@@ -153,9 +85,10 @@ def register_training(
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
         if plan.recipe.model.trunk != "vgg16":  # which has no activation maps
-            _draw_attention(site, plan, index, directory, Path(folder) / "attention.png")
+            _draw_attention(site, plan, index, directory, Path(folder) / _ATTENTION)
+        _write_report(site, plan, index, records, scores, history, Path(folder))
         _log_artifacts(records.parent, plan, index, scores, history, Path(folder))
-        run_id = records.parent.run_id(_SECONDS_FOR_DELIVERY)
+        run_id = records.parent.run_id(SECONDS_FOR_DELIVERY)
         with tempfile.TemporaryDirectory(prefix="tavlad-") as code:
             model = register(
                 site.mlflow_uri,
@@ -164,7 +97,12 @@ def register_training(
                 name=f"tavlad-{plan.dataset_name}-split{plan.split}",
                 tags={
                     "variant": plan.recipe.model.variant,
+                    "dataset": plan.dataset_name,
                     "dataset_fingerprint": plan.dataset_fingerprint,
+                    "split": str(plan.split),
+                    "recipe": plan.recipe.fingerprint(),
+                    "git": records.git,
+                    "clips": str(len(scores.keys)),
                     "test_top5": f"{scores.top(5):.6f}",
                     "test_mean_class": f"{scores.mean_class:.6f}",
                     "training": plan.name,
@@ -175,6 +113,7 @@ def register_training(
     records.finish()
     moved = "now best" if model.is_best else "best stays where it is"
     console.say(f"  test top-1 {scores.top(1):.1%}; registered {model.name} version {model.version} ({moved})")
+    console.say(f"  compare: {records.comparison_url()}")
     return RegisteredRun(
         plan=plan,
         model=model,
@@ -200,6 +139,43 @@ def _draw_attention(site: Site, plan: TrainingPlan, index: Index, directory: Pat
         trained.attention(middle_B1CHW)[:, 0].numpy(),
     )
     path.write_bytes(figures.png(figure))
+
+
+def _write_report(
+    site: Site,
+    plan: TrainingPlan,
+    index: Index,
+    records: RunRecords,
+    scores: Scores,
+    history: list[dict[str, Any]],
+    folder: Path,
+) -> None:
+    """What the training came to, as a page of its own beside the pictures it is made of."""
+    options = LoaderOptions(batch_size=1, seed=0, crop=plan.recipe.training.crop, augment=False, shuffle=False)
+    loader = ClipLoader(index, open_store(plan.dataset_uri, site.s3), plan.split, "test", options)
+    row_of = {key: row for row, key in enumerate(loader.clips.keys())}
+    facts = {
+        "set": f"{plan.dataset_name}, split {plan.split}, {len(index.actions)} actions",
+        "variant": plan.recipe.model.variant,
+        "test top-1": f"{scores.top(1):.1%}",
+        "test top-5": f"{scores.top(5):.1%}",
+        "mean class accuracy": f"{scores.mean_class:.1%}",
+        "test clips": str(len(scores.keys)),
+        "epochs": str(len(history)),
+        "code": records.git,
+    }
+    report = RunReport(
+        name=plan.name,
+        facts=facts,
+        actions=index.actions,
+        history=history,
+        scores=scores,
+        recipe=plan.recipe.flat() | {"split": plan.split},
+        links={"compare with the other trainings of this split, in MLflow": records.comparison_url()},
+        frames_of=lambda key: loader.read_clip(row_of[key], 0),
+        attention_png=path.read_bytes() if (path := folder / _ATTENTION).exists() else None,
+    )
+    write_run_report(folder / "report.html", report)
 
 
 def _log_artifacts(
@@ -229,12 +205,3 @@ def _log_artifacts(
     for path in sorted(folder.iterdir()):
         if path.is_file():
             log.log_artifact(path)
-
-
-def _git_commit() -> str:
-    """The commit this code is at, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

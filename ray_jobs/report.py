@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ray_jobs.page import image, percent, table, write_page
+from ray_jobs.html_page import image, percent, table, write_page
 from shards.clip_bytes import encode_jpeg
 from tavlad import figures
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_jobs.page import image, percent, table, write_page
+from ray_jobs.html_page import image, percent, table, write_page
 from ray_jobs.published import PublishedRow, paper_set
 from tavlad import figures
 

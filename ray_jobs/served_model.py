@@ -1,15 +1,13 @@
 """The program that travels with a registered model: video files, their bytes or frames in, a table of actions out.
 
 It imports no Ray, no MLflow and no S3, so that it runs where only the model's own requirements are installed.
-
-A video is treated exactly as it would be by packing, training's evaluation and nothing else: the same frames, the same
-reduction to the packed size, through a JPEG of the packed quality and back, the same centre crop. So a model predicts
-for a file what it was measured to predict. The JPEG costs a thirtieth of the forward pass.
 """
 
 import ast
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -18,14 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from shards.clip_bytes import decode_jpeg, encode_jpeg
-from shards.transforms import crop_clip
-from shards.video import VideoError, decode_clip
-from tavlad.checkpoint import ModelCard
-from tavlad.clip import uniform_frame_indices
+from ray_jobs.clips import SeenClip, Source, UnusableVideo, Windows, read_ahead
 from tavlad.predict import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -41,18 +35,27 @@ COLUMNS: tuple[tuple[str, Literal["string", "long", "double"]], ...] = (
 DEFAULT_TOP = 5
 
 _PACKAGES = ("av", "jaxtyping", "numpy", "pandas", "safetensors", "torch", "torchvision")
-_PACKED_QUALITY = 90  # where the model's card does not say
 _ROOMS = ("ray_jobs", "shards", "tavlad")
+_MAX_DECODERS = 4
 
-Source = str | Path | bytes | UInt8[np.ndarray, "T 3 H W"]
-"""A video: its path, its bytes, or its frames."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a model says of a clip."""
+
+    clip: SeenClip
+    predictions: list[Prediction]
+    """The most probable actions, most probable first."""
+    attention_Thw: Float[np.ndarray, "T h w"] | None
+    """Where it looked, in [0, 1], when that was asked for."""
 
 
 class ServedModel:
     """A registered model at work."""
 
-    def __init__(self, directory: Path) -> None:
-        self._predictor = Predictor(directory)
+    def __init__(self, directory: Path, *, batch_size: int = 8) -> None:
+        self._predictor = Predictor(directory, batch_size=batch_size)
+        self.card = self._predictor.card
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """The `params["top"]` most probable actions of each video, as (video, rank, action, probability).
@@ -60,48 +63,62 @@ class ServedModel:
         `model_input` is one or several of: a path of a video file; its bytes; an array of RGB frames, uint8 of shape
         (T, 3, H, W), or (B, T, 3, H, W) for several. They come in a list, a 1-d array, a Series or a DataFrame of one
         column. Arrays of the size the model was trained on are taken as they are; others are cropped as decoded frames
-        are. Videos without a path are named by their place, from "0". ValueError names the video that cannot be used.
+        are. Videos without a path are named by their place, from "0". `params["attention"]` adds a column `attention`:
+        the maps (T, h, w) in [0, 1] in a video's first row. ValueError names the video that cannot be used.
         """
-        top = int((params or {}).get("top", DEFAULT_TOP))
-        predictions, failures = self.predict_each(sources_of(model_input), top)
-        if failures:
-            raise ValueError("; ".join(reason for _, reason in failures))
-        return pd.DataFrame([[getattr(row, name) for name, _ in COLUMNS] for row in predictions], columns=_names())
+        settings = params or {}
+        wants_attention = bool(settings.get("attention", False))
+        rows: list[list[object]] = []
+        for answer in self.answers(
+            sources_of(model_input), int(settings.get("top", DEFAULT_TOP)), attention=wants_attention
+        ):
+            if isinstance(answer, UnusableVideo):
+                raise ValueError(answer.reason)
+            for row in answer.predictions:
+                maps = [answer.attention_Thw if row.rank == 1 else None] if wants_attention else []
+                rows.append([getattr(row, name) for name, _ in COLUMNS] + maps)
+        return pd.DataFrame(rows, columns=[name for name, _ in COLUMNS] + ["attention"] * wants_attention)
 
-    def predict_each(self, sources: Iterable[Source], top: int) -> tuple[list[Prediction], list[tuple[str, str]]]:
-        """Predictions of the videos that can be used, (video, reason) of those that cannot; memory stays bounded."""
-        predictions: list[Prediction] = []
-        failures: list[tuple[str, str]] = []
-        clips = self._clips(sources, failures)
-        while batch := list(islice(clips, self._predictor.batch_size)):
-            frames_BTCHW = torch.stack([frames for _, frames in batch])
-            videos = [video for video, _ in batch]
-            predictions += self._predictor.table(self._predictor.predict_frames(frames_BTCHW), videos, top)
-        return predictions, failures
+    def answers(
+        self,
+        sources: Iterable[Source],
+        top: int = DEFAULT_TOP,
+        *,
+        windows: Windows | None = None,
+        attention: bool = False,
+    ) -> Generator[Answer | UnusableVideo]:
+        """What the model says of each video, or of each window of each, in order; memory stays bounded.
 
-    def _clips(self, sources: Iterable[Source], failures: list[tuple[str, str]]) -> Iterator[tuple[str, Tensor]]:
-        for place, source in enumerate(sources):
-            video = str(source) if isinstance(source, str | Path) else str(place)
-            try:
-                frames = clip_of(source, self._predictor.card)
-            except VideoError as error:
-                failures.append((video, str(error)))
+        Videos that cannot be used come in their place. Threads decode the next videos while the model computes.
+        """
+        num_threads = min(_MAX_DECODERS, os.cpu_count() or 1)
+        clips = read_ahead(sources, self.card, windows, num_threads)
+        try:
+            while batch := list(islice(clips, self._predictor.batch_size)):
+                yield from self._answer(batch, top, attention)
+        finally:
+            clips.close()
+
+    def _answer(
+        self, batch: list[SeenClip | UnusableVideo], top: int, attention: bool
+    ) -> Generator[Answer | UnusableVideo]:
+        seen = [each for each in batch if isinstance(each, SeenClip)]
+        predictions: list[list[Prediction]] = []
+        maps_BThw = None
+        if seen:
+            frames_BTCHW = torch.stack([clip.frames_TCHW for clip in seen])
+            probabilities_BA = self._predictor.predict_frames(frames_BTCHW)
+            for clip, row_A in zip(seen, probabilities_BA, strict=True):
+                predictions.append(self._predictor.table(row_A[None], [clip.video], top))
+            maps_BThw = self._predictor.attention(frames_BTCHW) if attention else None
+        place = 0
+        for clip in batch:
+            if isinstance(clip, UnusableVideo):
+                yield clip
             else:
-                yield video, frames
-
-
-def clip_of(source: Source, card: ModelCard) -> UInt8[Tensor, "T 3 crop crop"]:
-    """The frames a model sees of a video: what packing and evaluation would have made of it."""
-    if isinstance(source, np.ndarray):
-        indices = uniform_frame_indices(len(source), card.num_frames)
-        frames_TCHW = torch.from_numpy(np.ascontiguousarray(source[indices]))
-        is_cropped = frames_TCHW.shape[-2:] == (card.crop, card.crop)
-        return frames_TCHW if is_cropped else crop_clip(frames_TCHW, None, card.crop)
-    clip = decode_clip(source, card.num_frames, card.short_side)
-    quality = int(card.provenance.get("jpeg_quality", _PACKED_QUALITY))
-    frames_TCHW = torch.from_numpy(clip.frames_THWC).permute(0, 3, 1, 2)
-    packed = [decode_jpeg(encode_jpeg(frame_CHW, quality)) for frame_CHW in frames_TCHW]
-    return crop_clip(torch.stack(packed), None, card.crop)
+                maps = None if maps_BThw is None else maps_BThw[place]
+                yield Answer(clip=clip, predictions=predictions[place], attention_Thw=maps)
+                place += 1
 
 
 def sources_of(model_input: Any) -> list[Source]:
@@ -165,7 +182,7 @@ def stage_code(destination: Path, trunk: str = "") -> "ServedCode":
         code_paths=tuple(destination / room for room in _ROOMS),
         pip_requirements=tuple(f"{package}=={version(package).partition('+')[0]}" for package in packages),
         outputs=COLUMNS,
-        params={"top": DEFAULT_TOP},
+        params={"top": DEFAULT_TOP, "attention": False},
     )
 
 
@@ -186,7 +203,3 @@ def _imported_modules(root: Path) -> list[Path]:
             candidates = [root.joinpath(*name.split(".")).with_suffix(".py") for name in names]
             waiting += [each for each in candidates if each.exists() and each.parent.name in _ROOMS]
     return sorted(found)
-
-
-def _names() -> list[str]:
-    return [name for name, _ in COLUMNS]

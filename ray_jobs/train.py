@@ -25,7 +25,8 @@ from ray_jobs.console import Advance, Console
 from ray_jobs.monitor import EpochDone, Monitor, News, Said, Started, Stepped, UserError
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
-from ray_jobs.register import RegisteredRun, RunRecords, register_training
+from ray_jobs.register import RegisteredRun, register_training
+from ray_jobs.run_records import RunRecords
 from ray_jobs.worker import WorkerConfig, train_worker
 from shards.index import Index
 from shards.store import arrow_filesystem

@@ -1,8 +1,9 @@
 """A video file becomes T frames, chosen exactly, or an error that says why it cannot."""
 
 import io
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,116 @@ def decode_frames_at(
     if found.num_frames <= indices[-1]:
         raise VideoError(reader.name, f"has {found.num_frames} frames, too few for frame {indices[-1]}")
     return _converted(found.frames, indices, short_side)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """A stretch of a video: T frames, uniform over its time."""
+
+    start: float
+    """Seconds from the video's first frame."""
+    end: float
+    frames_THWC: UInt8[np.ndarray, "T H W 3"]
+    """RGB, upright."""
+
+
+def decode_windows(
+    source: str | Path | bytes, num_frames: int, short_side: int | None, seconds: float | int, stride: float | int
+) -> Iterator[Window]:
+    """Windows of `seconds`, one every `stride` seconds, in one pass whose memory does not grow with the video.
+
+    The last one ends with the video, so that no time is left out; a video shorter than a window is one clip. A window's
+    frames are those shown at start + k·seconds/T, which for a constant frame rate are the ones that `decode_clip` would
+    choose from the window's frames. Raises `VideoError` as `decode_clip` does, when it gets there.
+    """
+    _check_whole(source)
+    end = _last_moment(_Reader(source, ""))
+    if end <= seconds:
+        clip = decode_clip(source, num_frames, short_side)
+        yield Window(start=0.0, end=end, frames_THWC=clip.frames_THWC)
+        return
+    waiting = deque(_Opened.at(start, min(seconds, end), num_frames) for start in window_starts(end, seconds, stride))
+    opened: deque[_Opened] = deque()
+    to_rgb = VideoReformatter()
+    for shown_until, frame in _timed_frames(_Reader(source, "")):
+        while waiting and waiting[0].times[0] < shown_until - _SECONDS_OF_ROUNDING:
+            opened.append(waiting.popleft())
+        if any(window.wants(shown_until) for window in opened):
+            rgb_HWC = _upright_rgb(frame, short_side, to_rgb)
+            for window in opened:
+                while window.wants(shown_until):
+                    window.frames.append(rgb_HWC)
+        while opened and len(opened[0].frames) == num_frames:
+            window = opened.popleft()
+            yield Window(start=window.times[0], end=window.end, frames_THWC=np.stack(window.frames))
+
+
+def window_starts(end: float | int, seconds: float | int, stride: float | int) -> list[float]:
+    """Where windows begin in a video that ends at `end` seconds; ValueError for lengths that are not above 0.
+
+    >>> window_starts(10.0, 4.0, 2.0), window_starts(9.0, 4.0, 2.0), window_starts(3.0, 4.0, 2.0)
+    ([0.0, 2.0, 4.0, 6.0], [0.0, 2.0, 4.0, 5.0], [0.0])
+    """
+    if not (seconds > 0 and stride > 0):
+        raise ValueError(f"a window of {seconds} s every {stride} s: both must be above 0")
+    last = max(0.0, end - seconds)
+    starts = [float(number * stride) for number in range(int(last / stride) + 1)]
+    return starts if last - starts[-1] < _SECONDS_OF_ROUNDING else [*starts, last]
+
+
+_SECONDS_OF_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A window that waits for frames: the moments it wants, and what was shown at them so far."""
+
+    end: float
+    times: list[float]
+    frames: list[UInt8[np.ndarray, "H W 3"]] = field(default_factory=list[np.ndarray])
+
+    @staticmethod
+    def at(start: float, seconds: float | int, num_frames: int) -> "_Opened":
+        times = [start + place * seconds / num_frames for place in range(num_frames)]
+        return _Opened(end=start + seconds, times=times)
+
+    def wants(self, until: float) -> bool:
+        """Whether its next moment lies before `until`."""
+        return len(self.frames) < len(self.times) and self.times[len(self.frames)] < until - _SECONDS_OF_ROUNDING
+
+
+def _timed_frames(reader: "_Reader") -> "Iterator[tuple[float, av.VideoFrame]]":
+    """Frames and the moment until which each is shown, in seconds from the first; the last one for ever."""
+    before: av.VideoFrame | None = None
+    first = 0.0
+    for number, frame in enumerate(reader.frames()):
+        moment = frame.time if frame.pts is not None else number / (reader.fps or _FRAMES_PER_SECOND)
+        if before is None:
+            first = moment
+        elif (frame.width, frame.height) != (before.width, before.height):
+            change = f"from {before.width}x{before.height} to {frame.width}x{frame.height}"
+            raise VideoError(reader.name, f"the frame size changes {change} at frame {number}")
+        else:
+            yield moment - first, before
+        before = frame
+    if before is None:
+        raise VideoError(reader.name, "not one frame can be decoded")
+    yield float("inf"), before
+
+
+_FRAMES_PER_SECOND = 25.0  # of a video that says nothing of time
+
+
+def _last_moment(reader: "_Reader") -> float:
+    """When the video ends, in seconds from its first frame, by its packets; above 0."""
+    first, last, count = float("inf"), 0.0, 0
+    for packet in reader.packets():
+        count += 1
+        moment = packet.pts if packet.pts is not None else packet.dts
+        if moment is not None:
+            first = min(first, float(moment * packet.time_base))
+            last = max(last, float((moment + (packet.duration or 0)) * packet.time_base))
+    return last - first if last > first else max(1, count) / (reader.fps or _FRAMES_PER_SECOND)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,6 +46,16 @@ class Predictor:
             parts.append(logits_BA.float().softmax(dim=1).cpu())
         return torch.cat(parts).numpy()
 
+    @torch.no_grad()
+    def attention(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Float[np.ndarray, "B T h w"]:
+        """Where the model looks in each frame, in [0, 1]; as `TaVlad.attention`."""
+        self._check(frames_BTCHW)
+        parts: list[Tensor] = []
+        for part_BTCHW in frames_BTCHW.split(self.batch_size):
+            with autocast(self._device, self.card.precision):
+                parts.append(self._model.attention(part_BTCHW.to(self._device)).float().cpu())
+        return torch.cat(parts).numpy()
+
     def table(self, probabilities_BA: Float[np.ndarray, "B A"], videos: Sequence[str], top: int) -> list[Prediction]:
         """The `top` most probable actions of each video, most probable first; ties go to the lower label."""
         return table(probabilities_BA, videos, self.card.actions, top)

@@ -113,6 +113,16 @@ class Spool:
         self._writing = threading.Lock()
         self.mark = self._read_mark()
 
+    @staticmethod
+    def is_held(folder: Path) -> bool:
+        """Whether a process holds the spool at `folder` now."""
+        with (folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def append(self, record: Record, *, durable: bool = True) -> int:
         """Add one record and return where its line ends.
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -48,6 +49,7 @@ __all__ = [
     "Status",
     "Tracker",
     "TrackingError",
+    "comparison_url",
     "create_run",
     "deliver_spool",
 ]
@@ -135,6 +137,28 @@ def deliver_spool(tracking_uri: str, spool: Path, timeout: float | int = 30) -> 
         return holder.count_undelivered()
     finally:
         holder.close()
+
+
+def comparison_url(tracking_uri: str, experiment: str, tags: Mapping[str, str]) -> str:
+    """The MLflow page that draws the curves of all runs of an experiment with these tags, the best on top.
+
+    The server's first page when it does not answer or has no such experiment.
+    """
+    address = without_user(tracking_uri)
+    try:
+        require_answer(tracking_uri)
+        found = MlflowClient(tracking_uri).get_experiment_by_name(experiment)
+    except (TrackingError, MlflowException):
+        return address
+    if found is None:
+        return address
+    query = {
+        "searchFilter": " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items()),
+        "orderByKey": "metrics.`test/top1`",
+        "orderByAsc": "false",
+        "compareRunsMode": "CHART",
+    }
+    return f"{address}/#/experiments/{found.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
 
 
 class _Courier:

@@ -2,6 +2,8 @@ import ast
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,7 +14,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ray_jobs.served_model import ServedModel, clip_of, sources_of, stage_code
+from ray_jobs.clips import UnusableVideo, Windows, clip_of
+from ray_jobs.served_model import ServedModel, sources_of, stage_code
 from shards.datasets import scan
 from shards.pack import finish, pack_shard
 from shards.plan import PackOptions, plan_packing
@@ -134,11 +137,51 @@ def test_a_bad_video_is_named_and_the_others_are_predicted(directory: Path, vide
     bad.write_bytes(b"no video")
     good = videos / "clap" / "0.mp4"
     served = ServedModel(directory)
-    predictions, failures = served.predict_each([good, bad, b"", good], top=1)
-    assert [row.video for row in predictions] == [str(good), str(good)]
-    assert [video for video, _ in failures] == [str(bad), "2"]
+    answers = list(served.answers([good, bad, b"", good], top=1))
+    said = [each.video if isinstance(each, UnusableVideo) else each.predictions[0].video for each in answers]
+    assert said == [str(good), str(bad), "2", str(good)]
+    assert [isinstance(each, UnusableVideo) for each in answers] == [False, True, True, False]
     with pytest.raises(ValueError, match=r"bad\.mp4: cannot be read as a video"):
         served.predict([str(good), str(bad)])
+
+
+def test_windows_of_a_video_come_in_order_and_a_short_video_is_one_clip(
+    directory: Path, videos: Path, tmp_path: Path
+) -> None:
+    served = ServedModel(directory)
+    path = videos / "clap" / "0.mp4"  # 9 frames, 25 a second
+    (whole,) = served.answers([path], windows=Windows(seconds=4, stride=2))
+    (plain,) = served.answers([path])
+    assert whole.predictions == plain.predictions
+    windows = list(served.answers([path, path.parent / "1.mp4"], windows=Windows(seconds=0.16, stride=0.08)))
+    assert [round(each.clip.start, 2) for each in windows] == [0, 0.08, 0.16, 0.2] * 2
+    alone = list(served.answers([path], windows=Windows(seconds=0.16, stride=0.2)))
+    assert torch.equal(alone[-1].clip.frames_TCHW, windows[3].clip.frames_TCHW)
+    assert windows[3].predictions[0].probability != windows[0].predictions[0].probability
+
+
+def test_decoding_ends_with_the_iteration_and_never_runs_far_ahead(directory: Path, videos: Path) -> None:
+    asked: list[int] = []
+
+    def endless() -> Iterator[Path]:
+        while True:
+            asked.append(1)
+            yield videos / "clap" / "0.mp4"
+
+    answers = ServedModel(directory, batch_size=2).answers(endless())
+    for _ in range(6):
+        next(answers)
+    answers.close()
+    assert len(asked) <= 6 + 2 + 4
+    assert not [thread for thread in threading.enumerate() if thread.name == "decode"]
+
+
+def test_attention_maps_come_when_asked_for(directory: Path, videos: Path) -> None:
+    table = ServedModel(directory).predict([videos / "clap" / "0.mp4"], {"top": 2, "attention": True})
+    assert list(table.columns) == ["video", "rank", "action", "probability", "attention"]
+    assert table["attention"][0].shape == (4, 1, 1)
+    assert table["attention"][1] is None
+    assert 0 <= table["attention"][0].min() <= table["attention"][0].max() <= 1
 
 
 @pytest.mark.parametrize(

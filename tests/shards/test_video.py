@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from shards.video import VideoError, _Reader, decode_clip
+from shards.video import VideoError, _Reader, decode_clip, decode_windows, window_starts
 from tavlad.clip import uniform_frame_indices
 
 
@@ -350,3 +350,42 @@ def test_real_videos_have_the_frames_that_were_counted_for_them(shared_data: Pat
         assert clip.num_source_frames == int(row["frames"])
         assert (clip.width, clip.height) == (int(row["width"]), int(row["height"]))
         assert list(clip.frame_indices) == uniform_frame_indices(int(row["frames"]), 25)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [("avi", "mpeg4", {"bf": "2"}), ("mp4", "h264", {"bf": "3", "g": "12"}), ("mkv", "h264", {"bf": "0"})],
+)
+def test_windows_have_the_frames_of_their_seconds(
+    suffix: str, codec: str, options: dict[str, str], tmp_path: Path, numbered
+) -> None:
+    path = numbered.write(tmp_path / f"v.{suffix}", 61, codec=codec, options=options)  # 2.44 s
+    windows = list(decode_windows(path, 5, None, 1, 0.5))
+    assert [(round(each.start, 2), round(each.end, 2)) for each in windows] == [
+        (0, 1), (0.5, 1.5), (1, 2), (1.44, 2.44)
+    ]  # fmt: skip
+    frames = [[numbered.read(frame_HWC) for frame_HWC in each.frames_THWC] for each in windows]
+    assert frames[0] == [0, 5, 10, 15, 20]
+    assert frames[1] == [12, 17, 22, 27, 32]
+    assert frames[2] == [25, 30, 35, 40, 45]
+    assert frames[3] == [36, 41, 46, 51, 56]
+
+
+def test_windows_of_a_varying_frame_rate_follow_the_seconds(tmp_path: Path, numbered) -> None:
+    times = [0, 1, 2, 3, 4, 5, 50, 51, 90, 100]
+    path = numbered.write(tmp_path / "v.mkv", 10, codec="h264", options={"bf": "0"}, times=times)
+    (first, *_) = decode_windows(path, 4, None, 1, 1)  # in hundredths of a second
+    assert [numbered.read(frame_HWC) for frame_HWC in first.frames_THWC] == [0, 5, 6, 7]
+
+
+def test_a_video_shorter_than_a_window_is_the_clip_it_was_packed_as(tmp_path: Path, numbered) -> None:
+    path = numbered.write(tmp_path / "v.mp4", 11, codec="h264", options={})
+    (window,) = decode_windows(path, 25, None, 4, 2)
+    assert (window.frames_THWC == decode_clip(path, 25, None).frames_THWC).all()
+    assert (window.start, round(window.end, 2)) == (0, 0.44)
+
+
+@pytest.mark.parametrize(("seconds", "stride"), [(0, 1), (1, 0), (-1, 1)])
+def test_windows_without_length_are_refused(seconds: int, stride: int) -> None:
+    with pytest.raises(ValueError, match="both must be above 0"):
+        window_starts(10, seconds, stride)

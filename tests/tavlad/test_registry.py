@@ -1,15 +1,22 @@
+import multiprocessing
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-import tavlad.registry as registry
-from tavlad.registry import ServedCode, download_model, register, registered_models
+from tavlad import promotion
+from tavlad import pull as pull_module
+from tavlad.promotion import promote, roll_back
+from tavlad.pull import pull
+from tavlad.registry import Registered, ServedCode, register
+from tavlad.registry_queries import registered_models
 from tavlad.runlog import RUN_TAG, TrackingError
 from tavlad.tracking import create_run
 from tests.mlflow_server import MlflowServer
@@ -22,8 +29,12 @@ def name() -> str:
 
 @pytest.fixture
 def code(tmp_path: Path) -> ServedCode:
+    return write_code(tmp_path)
+
+
+def write_code(folder: Path) -> ServedCode:
     """A served program that returns what its checkpoint's weights say."""
-    room = tmp_path / "served_numbers"
+    room = folder / "served_numbers"
     room.mkdir()
     (room / "__init__.py").write_text(
         "import pathlib\n"
@@ -59,7 +70,7 @@ class Shop:
         self.server, self.name, self.code, self.folder = server, name, code, folder
         self.client = MlflowClient(server.uri)
 
-    def register(self, training: str, accuracy: float, weights: str | None = None) -> registry.Registered:
+    def register(self, training: str, accuracy: float, weights: str | None = None) -> Registered:
         run_id = create_run(self.server.uri, f"tavlad/{self.name}", training, {RUN_TAG: training}, {})
         return register(
             self.server.uri,
@@ -129,7 +140,7 @@ def test_registrations_at_the_same_time_leave_the_most_accurate_as_best(shop: Sh
     shop.register("first", 0.0)
     versions = [shop.add(accuracy) for accuracy in accuracies]
     with ThreadPoolExecutor(8) as pool:
-        for done in [pool.submit(registry._contend, shop.client, shop.name, version) for version in versions]:
+        for done in [pool.submit(promotion.contend, shop.client, shop.name, version) for version in versions]:
             done.result()
     assert shop.best() == int(versions[-1].version)
 
@@ -143,13 +154,13 @@ def test_a_better_version_that_is_overwritten_in_between_is_put_back(
 
     def let_the_quick_one_pass(client: MlflowClient, name: str, alias: str, version: str) -> None:
         monkeypatch.setattr(MlflowClient, "set_registered_model_alias", set_alias)
-        registry._contend(client, name, quick)
+        promotion.contend(client, name, quick)
         assert shop.best() == int(quick.version)
         set_alias(client, name, alias, version)
         assert shop.best() == int(slow.version)
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", let_the_quick_one_pass)
-    registry._contend(shop.client, shop.name, slow)
+    promotion.contend(shop.client, shop.name, slow)
     assert shop.best() == int(quick.version)
 
 
@@ -196,15 +207,15 @@ def test_a_model_is_fetched_whole_and_without_pickles(shop: Shop, tmp_path: Path
     shop.register("a", 0.5)
     shop.register("b", 0.25)
     uri = shop.server.uri
-    best = download_model(uri, f"{shop.name}@best", tmp_path / "best")
+    best = pull(uri, f"{shop.name}@best", tmp_path / "best").directory
     assert (best / "weights.safetensors").read_text() == "a"
     assert sorted(path.name for path in best.iterdir()) == ["config.json", "weights.safetensors"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert (download_model(uri, f"models:/{shop.name}/2", empty) / "weights.safetensors").read_text() == "b"
-    assert download_model(uri, f"models:/{shop.name}@best", best) == best
+    assert (pull(uri, f"models:/{shop.name}/2", empty).directory / "weights.safetensors").read_text() == "b"
+    assert pull(uri, f"models:/{shop.name}@best", best).directory == best
     with pytest.raises(ValueError, match="is not empty: name a new folder"):
-        download_model(uri, f"{shop.name}/2", best)
+        pull(uri, f"{shop.name}/2", best)
     assert [path.name for path in tmp_path.glob(".*partial*")] == []
 
 
@@ -212,15 +223,15 @@ def test_what_is_not_registered_is_said_with_what_is(shop: Shop, tmp_path: Path)
     shop.register("a", 0.5)
     uri = shop.server.uri
     with pytest.raises(TrackingError, match=f"no registered model 'absent': registered are .*{shop.name}"):
-        download_model(uri, "absent@best", tmp_path / "new")
+        pull(uri, "absent@best", tmp_path / "new")
     with pytest.raises(TrackingError, match=r"has no version @worst: it has versions 1"):
-        download_model(uri, f"{shop.name}@worst", tmp_path / "new")
+        pull(uri, f"{shop.name}@worst", tmp_path / "new")
     with pytest.raises(TrackingError, match="has no version 7: it has versions 1"):
-        download_model(uri, f"{shop.name}/7", tmp_path / "new")
+        pull(uri, f"{shop.name}/7", tmp_path / "new")
     with pytest.raises(ValueError, match="write NAME@best or NAME/VERSION"):
-        download_model(uri, "plain", tmp_path / "new")
+        pull(uri, "plain", tmp_path / "new")
     with pytest.raises(TrackingError, match="does not answer: start it"):
-        download_model("http://127.0.0.1:9", f"{shop.name}@best", tmp_path / "new")
+        pull("http://127.0.0.1:9", f"{shop.name}@best", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -228,7 +239,7 @@ def test_a_damaged_model_is_not_handed_out(shop: Shop, tmp_path: Path) -> None:
     shop.register("a", 0.5)
     shop.client.set_model_version_tag(shop.name, "1", "sha256", "0" * 64)
     with pytest.raises(TrackingError, match="was damaged on its way"):
-        download_model(shop.server.uri, f"{shop.name}@best", tmp_path / "new")
+        pull(shop.server.uri, f"{shop.name}@best", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -242,3 +253,89 @@ def test_mlflow_itself_loads_a_registered_model(shop: Shop, tmp_path: Path, monk
     source = shop.client.get_model_version(shop.name, "1").source
     files = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(tmp_path / "all"))).rglob("*.*")
     assert {path.suffix for path in files} == {".json", ".safetensors", ".py", ".yaml", ".txt"}
+
+
+def test_a_version_is_promoted_and_rolled_back_by_hand_with_the_reason_kept(shop: Shop) -> None:
+    for training, accuracy in (("a", 0.25), ("b", 0.5), ("c", 0.75)):
+        shop.register(training, accuracy)
+    uri = shop.server.uri
+    moved = roll_back(uri, shop.name, "c fails on  night videos")
+    assert (moved.version, moved.previous, shop.best()) == (2, 3, 2)
+    assert shop.client.get_model_version(shop.name, "2").tags["best.reason"] == "c fails on night videos"
+    assert roll_back(uri, f"{shop.name}@best", "b too").version == 1
+    with pytest.raises(TrackingError, match=rf"version 1 of {shop.name} followed no other version: name the version"):
+        roll_back(uri, shop.name, "a too")
+    assert promote(uri, f"{shop.name}/3", "it was the camera").previous == 1
+    assert shop.best() == 3
+    assert roll_back(uri, shop.name, "it was not").version == 1
+    with pytest.raises(TrackingError, match="is the best already"):
+        promote(uri, f"{shop.name}/1", "again")
+    with pytest.raises(ValueError, match="the reason is empty"):
+        promote(uri, f"{shop.name}/2", " ")
+    with pytest.raises(TrackingError, match="there is no registered model 'absent'"):
+        roll_back(uri, "absent", "why not")
+    rows = [row for row in registered_models(uri, shop.name) if row.is_best]
+    assert [row.version for row in rows] == [1]
+    assert not [tag for row in registered_models(uri, shop.name) for tag in row.tags if tag.startswith("tavlad.")]
+
+
+def test_a_pull_that_was_cut_goes_on_where_it_was(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.register("a", 0.5, weights="0123456789")
+    partial = tmp_path / f".new.{shop.client.get_model_version(shop.name, '1').tags['sha256'][:12]}.partial"
+    asked: list[str] = []
+    http_request = pull_module.http_request
+
+    def note(creds: object, endpoint: str, method: str, **options: Any) -> object:
+        asked.append(f"{endpoint.rpartition('/')[2]} {options['extra_headers'].get('Range', 'whole')}")
+        return http_request(creds, endpoint, method, **options)
+
+    monkeypatch.setattr(pull_module, "http_request", note)
+    partial.mkdir()
+    (partial / "weights.safetensors").write_text("0123")
+    seen: list[tuple[int, int]] = []
+    pulled = pull(shop.server.uri, f"{shop.name}@best", tmp_path / "new", lambda *bytes_of: seen.append(bytes_of))
+    assert (pulled.directory / "weights.safetensors").read_text() == "0123456789"
+    assert asked == ["config.json whole", "weights.safetensors bytes=4-"]
+    assert (seen[-1], pulled.version) == ((12, 12), 1)
+    assert not partial.exists()
+
+
+def test_a_pull_goes_on_from_damaged_bytes_only_once(shop: Shop, tmp_path: Path) -> None:
+    shop.register("a", 0.5, weights="0123456789")
+    partial = tmp_path / f".new.{shop.client.get_model_version(shop.name, '1').tags['sha256'][:12]}.partial"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_text("9999")
+    with pytest.raises(TrackingError, match="was damaged on its way"):
+        pull(shop.server.uri, f"{shop.name}@best", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert pull(shop.server.uri, f"{shop.name}@best", tmp_path / "new").version == 1
+
+
+def register_several(uri: str, name: str, folder: Path, accuracies: list[int]) -> None:
+    code = write_code(folder)
+    for accuracy in accuracies:
+        training = f"{name}-{accuracy}"
+        run_id = create_run(uri, f"tavlad/{name}", training, {RUN_TAG: training}, {})
+        directory = checkpoint(folder, training)
+        register(uri, directory, run_id=run_id, name=name, tags={}, accuracy=accuracy / 100, code=code)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_fifty_registrations_by_several_processes_leave_the_most_accurate_as_best(
+    mlflow_server: MlflowServer, name: str, tmp_path: Path
+) -> None:
+    order = np.random.default_rng().permutation(np.arange(1, 51)).tolist()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(4, mp_context=context) as pool:
+        jobs: list[Future[None]] = []
+        for process in range(4):
+            (tmp_path / str(process)).mkdir()
+            part = order[process::4]
+            jobs.append(pool.submit(register_several, mlflow_server.uri, name, tmp_path / str(process), part))
+        for job in jobs:
+            job.result()
+    rows = registered_models(mlflow_server.uri, name)
+    assert sorted(row.version for row in rows) == list(range(1, 51))
+    (best,) = [row for row in rows if row.is_best]
+    assert float(best.tags["test_top1"]) == 0.5, f"registered in the order {order}"

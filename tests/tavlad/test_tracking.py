@@ -307,7 +307,9 @@ def test_a_spool_is_held_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     holder = Spool(tmp_path)
     with pytest.raises(SpoolError, match="is held by another process"):
         Spool(tmp_path)
+    assert Spool.is_held(tmp_path)
     holder.close()
+    assert not Spool.is_held(tmp_path)
     Spool(tmp_path).close()
 
 

@@ -1,5 +1,4 @@
-"""The parts of an HTML page that is one file: style, tables, pictures inside it. Readable in light and dark and on
-paper."""
+"""An HTML page that needs nothing else: readable in light and dark, on a phone and on paper."""
 
 import base64
 import html
@@ -13,7 +12,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; break-afte
 table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem 1rem .3rem 0; }
 th { border-bottom: 2px solid; } td { border-bottom: 1px solid #8884; } .number { text-align: right; }
 img { max-width: 100%; background: white; } code { background: #8882; padding: .1rem .3rem; border-radius: .2rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide img { max-width: none; } summary { cursor: pointer; }
+.strips { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; } .strips figcaption { font-size: .85rem; }
 figure { margin: 0 0 1.2rem; break-inside: avoid; } figcaption { margin-bottom: .3rem; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0 1.5rem; }
 .right { color: #2a7d3f; } .wrong { color: #c0392b; }
@@ -23,7 +23,7 @@ figure { margin: 0 0 1.2rem; break-inside: avoid; } figcaption { margin-bottom: 
 
 
 def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
-    """Write the page; it appears whole. Sections are HTML already, the title is not."""
+    """Write a page of sections that are HTML already; it appears whole."""
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -50,8 +50,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collec
 
 
 def image(data: bytes, kind: str, name: str) -> str:
+    """A picture inside the page; `kind` is png or jpeg, `name` what it shows."""
     return f'<img alt="{html.escape(name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def percent(share: float) -> str:
+    """A share from 0 to 1 with one decimal."""
     return f"{100 * share:.1f}&nbsp;%"

@@ -1,0 +1,144 @@
+"""The MLflow runs of a training, as it goes on."""
+
+import colorsys
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from infra.site import Site
+from ray_jobs.plan import TrainingPlan
+from shards.index import Index
+from tavlad.runlog import RUN_TAG, RunSpec
+from tavlad.spool import Spool
+from tavlad.tracking import Tracker, comparison_url, deliver_spool, require_answer
+
+SECONDS_FOR_DELIVERY = 30.0
+"""How long a verb waits at its end for what it told MLflow."""
+
+_SECONDS_BETWEEN_SYSTEM_METRICS = 10.0
+
+
+class RunRecords:
+    """The MLflow runs of one training: a parent and one for each stage. Nothing here waits for the server."""
+
+    def __init__(self, site: Site, plan: TrainingPlan, index: Index) -> None:
+        self._site = site
+        self._plan = plan
+        self._folder = _spools(site) / plan.name
+        tags = {
+            "dataset": plan.dataset_name,
+            "split": str(plan.split),
+            "variant": plan.recipe.model.variant,
+            "fingerprint": plan.dataset_fingerprint,
+            "recipe": plan.recipe.fingerprint(),
+            "git": _git_commit(),
+            "mlflow.runColor": _colour(plan.name),
+        }
+        self._spec = RunSpec(
+            experiment=f"tavlad/{plan.dataset_name}",
+            # Legends are short, and the experiment says the set.
+            name=f"{plan.recipe.model.variant} split{plan.split} {plan.name.rpartition('-')[2][:6]}",
+            tags={RUN_TAG: plan.name, "kind": "train", **tags},
+            params=plan.recipe.flat() | {"split": plan.split},
+        )
+        self._tags = tags
+        self.git = tags["git"]
+        """The commit of this code."""
+        self._index = index
+        self.parent = Tracker(site.mlflow_uri, self._spec, self._folder / "parent")
+        self._log_dataset(self.parent)
+        self._stages: dict[int, Tracker] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in (*self._stages.values(), self.parent):
+            if kind is not None:
+                tracker.finish("FAILED")
+            tracker.close(SECONDS_FOR_DELIVERY)
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        """One epoch's metrics, in its stage's run and, counted through both stages, in the training's.
+
+        Told twice they are logged once.
+        """
+        metrics = {name: value for name, value in row.items() if name not in ("stage", "epoch")}
+        self._stage(row["stage"]).log_metrics(metrics, step=row["epoch"])
+        before = self._plan.recipe.stage1.epochs if row["stage"] == 2 else 0
+        self.parent.log_metrics(metrics, step=before + row["epoch"])
+
+    def comparison_url(self) -> str:
+        """The page that compares this set's trainings of the split."""
+        tags = {"kind": self._spec.tags["kind"], "split": str(self._plan.split)}
+        return comparison_url(self._site.mlflow_uri, self._spec.experiment, tags)
+
+    def finish(self) -> None:
+        """The training is done. What an earlier process could not tell of its stages is told too."""
+        for number, _ in self._plan.stages:
+            if (self._folder / f"stage{number}").exists():
+                self._stage(number)
+        for tracker in (*self._stages.values(), self.parent):
+            tracker.finish()
+
+    def _stage(self, number: int) -> Tracker:
+        if number not in self._stages:
+            spec = RunSpec(
+                experiment=self._spec.experiment,
+                name=f"stage{number}",
+                tags={RUN_TAG: f"{self._plan.name}/stage{number}", "kind": f"stage{number}", **self._tags},
+                params={**self._spec.params, "stage": number},
+                parent=self._spec,
+            )
+            self._stages[number] = Tracker(
+                self._site.mlflow_uri,
+                spec,
+                self._folder / f"stage{number}",
+                seconds_between_system_metrics=_SECONDS_BETWEEN_SYSTEM_METRICS,
+            )
+            self._log_dataset(self._stages[number])
+        return self._stages[number]
+
+    def _log_dataset(self, tracker: Tracker) -> None:
+        plan = self._plan
+        tracker.log_dataset(plan.dataset_name, self._index.fingerprint, plan.dataset_uri, f"split{plan.split}")
+
+
+def _colour(name: str) -> str:
+    """A training's colour in MLflow's charts; MLflow's own choice has twenty, and often gives two runs the same."""
+    hue, lightness, *_ = hashlib.sha256(name.encode()).digest()
+    red, green, blue = colorsys.hls_to_rgb(hue / 256, 0.3 + 0.3 * lightness / 256, 0.75)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def deliver_waiting(site: Site) -> dict[str, int]:
+    """Tell MLflow what runs of this machine could not tell it; how many records wait still, by spool.
+
+    Spools that a training holds now are left to it. TrackingError when the server does not answer.
+    """
+    require_answer(site.mlflow_uri)
+    left: dict[str, int] = {}
+    for lines in sorted(_spools(site).glob("*/*/lines.jsonl")):
+        name = f"{lines.parent.parent.name}/{lines.parent.name}"
+        if not Spool.is_held(lines.parent):
+            left[name] = deliver_spool(site.mlflow_uri, lines.parent, SECONDS_FOR_DELIVERY)
+    return left
+
+
+def _spools(site: Site) -> Path:
+    """Where this machine keeps what it still has to tell the site's MLflow."""
+    return (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool"
+
+
+def _git_commit() -> str:
+    """The commit this code is at, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,137 @@
+"""Who holds the alias `best`: moved by rule to what is more accurate, by hand to what a person says, and back.
+
+`best` is moved by a compare-and-set built from what MLflow has. A version about to take the alias first says so in a
+tag, with a value of its own; after taking it, it looks for versions that took it since it read the old holder. If one
+of them is better, that one was overwritten, and is put back. So the last to write leaves the best of those registered
+at the same time, and a version put there by hand gives way only to a better new one.
+
+A version that takes the alias remembers whom it followed, which is what a rollback goes back to.
+"""
+
+import uuid
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from tavlad.registry_queries import (
+    BEST,
+    OWN_TAGS,
+    accuracy_of,
+    holder_of_best,
+    names_of_models,
+    no_such_model,
+    number_of,
+    resolve,
+    said_clearly,
+    versions_of,
+)
+from tavlad.runlog import TrackingError
+from tavlad.spool import MAX_TAG_CHARACTERS, without_user
+
+REASON_TAG = "best.reason"
+"""Tag of a version that was made the best by hand: why."""
+
+_TURN_TAG = f"{OWN_TAGS}best"
+_FOLLOWED_TAG = f"{OWN_TAGS}best.followed"
+"""The number of the version that held `best` before, empty for none."""
+_TAKING, _TAKEN = "taking ", "taken "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """What became of `best`."""
+
+    name: str
+    version: int
+    """Its holder now."""
+    previous: int | None
+    """Its holder before."""
+    reason: str
+
+
+def contend(client: MlflowClient, name: str, version: ModelVersion) -> None:
+    """Give `best` to the version if it is more accurate than the holder; see the module's docstring."""
+    contender = version
+    while True:
+        settled = {turn for turn in _turns(client, name) if turn.startswith(_TAKEN)}
+        holder = holder_of_best(client, name)
+        if holder is not None and accuracy_of(holder) >= accuracy_of(contender):
+            return
+        if contender is version:
+            _follow(client, contender, holder)
+        else:
+            _take(client, contender)  # put back; it remembers whom it followed
+        overwritten = [each for turn, each in _turns(client, name).items() if turn not in settled]
+        contender = max([contender, *overwritten], key=lambda each: (accuracy_of(each), -number_of(each)))
+
+
+def promote(tracking_uri: str, reference: str, reason: str) -> Moved:
+    """Make a version ("NAME/3") the best whatever its accuracy; `reason` becomes its tag. TrackingError if absent."""
+    reason = _checked(reason)
+    with said_clearly(tracking_uri):
+        client = MlflowClient(tracking_uri)
+        version = resolve(client, reference)
+        holder = holder_of_best(client, version.name)
+        if holder is not None and number_of(holder) == number_of(version):
+            raise TrackingError(f"version {version.version} of {version.name} is the best already: nothing to do")
+        client.set_model_version_tag(version.name, version.version, REASON_TAG, reason)
+        _follow(client, version, holder)
+        return _moved(version, holder, reason)
+
+
+def roll_back(tracking_uri: str, name: str, reason: str) -> Moved:
+    """Give `best` back to the version that held it before the present one; repeated, it goes further back."""
+    reason = _checked(reason)
+    with said_clearly(tracking_uri):
+        client = MlflowClient(tracking_uri)
+        name = name.removeprefix("models:/").removesuffix(f"@{BEST}")
+        holder = holder_of_best(client, name)
+        if holder is None:
+            names = names_of_models(client)
+            raise no_such_model(name, names) if name not in names else TrackingError(f"{name} has no version @{BEST}")
+        number = holder.tags.get(_FOLLOWED_TAG, "")
+        versions = {str(number_of(each)): each for each in versions_of(client, name)}
+        if number not in versions:
+            followed = f"version {number}, which was deleted" if number else "no other version"
+            raise TrackingError(
+                f"version {holder.version} of {name} followed {followed}: name the version to go to, "
+                f"`tavlad promote {name}/VERSION`"
+            )
+        version = versions[number]
+        client.set_model_version_tag(name, number, REASON_TAG, reason)
+        _take(client, version)  # whom it followed itself stays, so that the next rollback goes further back
+        return _moved(version, holder, reason)
+
+
+def _follow(client: MlflowClient, version: ModelVersion, holder: ModelVersion | None) -> None:
+    """Take the alias from `holder`, and remember whom it was taken from."""
+    if holder is not None:
+        client.set_model_version_tag(version.name, version.version, _FOLLOWED_TAG, str(number_of(holder)))
+    _take(client, version)
+
+
+def _take(client: MlflowClient, version: ModelVersion) -> None:
+    turn = uuid.uuid4().hex
+    client.set_model_version_tag(version.name, version.version, _TURN_TAG, _TAKING + turn)
+    client.set_registered_model_alias(version.name, BEST, version.version)
+    client.set_model_version_tag(version.name, version.version, _TURN_TAG, _TAKEN + turn)
+
+
+def _turns(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
+    """The versions that took `best` or are about to, by the value each said it with."""
+    return {each.tags[_TURN_TAG]: each for each in versions_of(client, name) if _TURN_TAG in each.tags}
+
+
+def _checked(reason: str) -> str:
+    reason = without_user(" ".join(reason.split()))
+    if not reason:
+        raise ValueError("the reason is empty: say why, for those who find it later")
+    if len(reason) > MAX_TAG_CHARACTERS:
+        raise ValueError(f"the reason has {len(reason)} characters: {MAX_TAG_CHARACTERS} fit")
+    return reason
+
+
+def _moved(version: ModelVersion, holder: ModelVersion | None, reason: str) -> Moved:
+    previous = None if holder is None else number_of(holder)
+    return Moved(name=version.name, version=number_of(version), previous=previous, reason=reason)
