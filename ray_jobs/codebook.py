@@ -13,11 +13,11 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import locate_set, read_uri
+from ray_jobs.plan import locate_set, node_cache, read_uri
 from ray_jobs.recipe import Recipe
 from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import Store, open_store
+from shards.store import open_store
 from tavlad.backbone import load_weights
 from tavlad.codebook import find_centres, sample_descriptors
 from tavlad.model import TaVlad
@@ -72,13 +72,14 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     uri = f"{site.codebooks_uri}/{name}"
     if codebooks.exists(name):
         return Codebook(uri=uri, trunk_weights=provenance, was_there=True)
-    centres_KD = _cluster(model, recipe, split, index, store)
+    centres_KD = _cluster(site, model, recipe, split, index)
     # Two at once make the same bytes; whichever is first is kept.
     codebooks.write_if_absent(name, safetensors.torch.save({_CENTRES: centres_KD}))
     return Codebook(uri=uri, trunk_weights=provenance, was_there=False)
 
 
-def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> torch.Tensor:
+def _cluster(site: Site, model: TaVlad, recipe: Recipe, split: int, index: Index) -> torch.Tensor:
+    store = open_store(locate_set(site, recipe.dataset), site.s3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = LoaderOptions(
         batch_size=recipe.training.batch_size,
@@ -88,7 +89,8 @@ def _cluster(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Sto
         shuffle=True,
         num_threads=recipe.resources.loader_threads,
     )
-    loader = ClipLoader(index, store, split, "train", options)
+    cache = node_cache(site, recipe.resources.disk_cache, index)
+    loader = ClipLoader(index, store, split, "train", options, cache=cache)
     descriptors = sample_descriptors(
         model.to(device), loader.epoch(0), recipe.codebook, recipe.training.seed, recipe.training.precision
     )

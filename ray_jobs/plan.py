@@ -4,9 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-from infra.site import Site
+from infra.site import Site, cache_folder
 from ray_jobs.checkpoints import Checkpoints
 from ray_jobs.recipe import Recipe
+from shards.disk_cache import DiskCache
 from shards.index import Index, load_index
 from shards.store import open_store
 from tavlad.config import StageConfig
@@ -61,6 +62,13 @@ def _digest_of_weights(site: Site, recipe: Recipe) -> str:
 def locate_set(site: Site, dataset: str) -> str:
     """The URI of a packed set given by name, s3:// URI or folder."""
     return dataset if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
+
+
+def node_cache(site: Site, gigabytes: float, index: Index) -> DiskCache | None:
+    """This node's cache of the set's packed clips; none if it may take 0 GB."""
+    if not gigabytes:
+        return None
+    return DiskCache(folder=cache_folder(site), max_bytes=int(gigabytes * 1e9), set_name=index.fingerprint)
 
 
 def checkpoint_name(stage: int, epoch: int) -> str:

@@ -27,8 +27,8 @@ class ResourceConfig:
     """Threads of one worker that fetch, decode and crop clips."""
     prefetch_batches: int = 4
     """Batches read ahead of the training step."""
-    cache_megabytes: int = 512
-    """Packed clips a worker keeps in memory, so that small sets are fetched once."""
+    disk_cache: float = 50.0
+    """GB that each node's cache of packed clips may take, for all trainings there together; 0 for no cache."""
     max_restarts: int = 3
     """Times a training whose worker or node died is started again from its last checkpoint."""
 
@@ -36,7 +36,7 @@ class ResourceConfig:
         for name in ("workers", "loader_threads", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("gpus_per_worker", "cpus_per_worker", "cache_megabytes", "max_restarts"):
+        for name in ("gpus_per_worker", "cpus_per_worker", "disk_cache", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
 

@@ -14,10 +14,10 @@ import ray.train.torch
 from infra.site import Site, load_site
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.monitor import EpochDone, Monitor, Started, Stepped, UserError
-from ray_jobs.plan import TrainingPlan, checkpoint_name
+from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache
 from shards.index import Index, load_index
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import open_store
+from shards.store import Store, open_store
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_checkpoint
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -68,12 +68,8 @@ class _Trainer:
         store = open_store(self._plan.dataset_uri, self._site.s3)
         index = load_index(store)
         model, resume = self._model(index)
-        train = ClipLoader(
-            index, store, self._plan.split, "train", self._loader(training=True), self._world.rank, self._world.size
-        )
-        test = ClipLoader(
-            index, store, self._plan.split, "test", self._loader(training=False), self._world.rank, self._world.size
-        )
+        train = self._loader(index, store, training=True)
+        test = self._loader(index, store, training=False)
         for number, stage in self._plan.stages:
             if resume is not None and number < resume.stage:
                 continue
@@ -102,18 +98,22 @@ class _Trainer:
             self._monitor.tell(Started(resumed_from=names[-1] if names else None, history=self._history))
         return model.to(self._world.device), resume
 
-    def _loader(self, *, training: bool) -> LoaderOptions:
-        settings, resources = self._recipe.training, self._recipe.resources
-        return LoaderOptions(
+    def _loader(self, index: Index, store: Store, *, training: bool) -> ClipLoader:
+        settings, resources, world = self._recipe.training, self._recipe.resources, self._world
+        options = LoaderOptions(
             batch_size=settings.batch_size,
             seed=settings.seed,
             crop=settings.crop,
             augment=training and settings.augment,
+            views=settings.views,
             shuffle=training,
             num_threads=resources.loader_threads,
             prefetch_batches=resources.prefetch_batches,
-            cache_megabytes=resources.cache_megabytes,
+            pin_memory=self._world.device.type == "cuda",
         )
+        part = "train" if training else "test"
+        cache = node_cache(self._site, resources.disk_cache, index)
+        return ClipLoader(index, store, self._plan.split, part, options, world.rank, world.size, cache)
 
     def _end_step(self, stage: int, done: int, total: int) -> None:
         if self._world.rank == 0:
