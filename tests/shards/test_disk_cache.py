@@ -2,12 +2,11 @@
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import pickle
-import signal
+import subprocess
+import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,8 +105,6 @@ def test_disk_that_refuses_is_told_of_once(tmp_path: Path, monkeypatch, caplog: 
 
 def test_full_file_system_does_not_stop_reading(tmp_path: Path) -> None:
     """On a real file system without room, where one can be mounted."""
-    import subprocess
-
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
@@ -130,29 +127,40 @@ def test_folder_that_cannot_be_made_is_no_error(tmp_path: Path, caplog: pytest.L
     assert len(caplog.records) == 1
 
 
-def _fill(cache: DiskCache, first: int) -> None:
-    for number in range(first, 10_000):
-        cache.put(*clip(number % 100, 40_000))
-        digest, data = clip((number * 7) % 100, 40_000)
-        assert cache.get(digest) in (None, data)
+_FILL = """
+import hashlib, sys
+from pathlib import Path
+from shards.disk_cache import DiskCache
+
+cache = DiskCache(folder=Path(sys.argv[1]), max_bytes=2_000_000, set_name="a" * 64)
+clips = [number.to_bytes(4, "big") * 10_000 for number in range(100)]
+digests = [hashlib.sha256(data).hexdigest() for data in clips]
+print("filling", flush=True)
+for number in range(int(sys.argv[2]), 1_000_000):
+    cache.put(digests[number % 100], clips[number % 100])
+    found = cache.get(digests[number * 7 % 100])
+    assert found is None or found == clips[number * 7 % 100]
+"""
 
 
 def test_processes_killed_while_they_fill_leave_a_cache_that_is_right(tmp_path: Path) -> None:
     """Four fill the same clips at once and are killed, again and again."""
     cache = cache_of(tmp_path, max_bytes=2_000_000)
-    spawn = multiprocessing.get_context("fork")
-    for round_ in range(6):
-        workers = [spawn.Process(target=_fill, args=(replace(cache), 25 * each)) for each in range(4)]
-        for worker in workers:
-            worker.start()
-        time.sleep(0.05 + 0.02 * round_)
-        for worker in workers:
-            assert worker.is_alive(), "it failed by itself"
-            os.kill(worker.pid or 0, signal.SIGKILL)
-            worker.join()
+    found: dict[int, bytes | None] = {}
+    for round_ in range(4):
+        command = [sys.executable, "-c", _FILL, str(tmp_path)]
+        fillers = [subprocess.Popen([*command, str(25 * each)], stdout=subprocess.PIPE) for each in range(4)]
+        for filler in fillers:
+            assert filler.stdout is not None
+            assert filler.stdout.readline() == b"filling\n"
+        time.sleep(0.01 * round_)
+        for filler in fillers:
+            assert filler.poll() is None, "it failed by itself"
+            filler.kill()
+            filler.communicate()
         found = {number: cache.get(clip(number, 40_000)[0]) for number in range(100)}
         assert all(data in (None, clip(number, 40_000)[1]) for number, data in found.items())
-        assert bytes_in(tmp_path) <= 2_000_000 + 4 * 40_000
+        assert bytes_in(tmp_path) <= 2_000_000 + 16 * 40_000  # unfinished files of the killed
     assert sum(data is not None for data in found.values()) > 10
 
 

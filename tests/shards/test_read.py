@@ -6,6 +6,7 @@ import tarfile
 import threading
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from shards.clip_bytes import decode_jpeg
 from shards.disk_cache import DiskCache
+from shards.index import ClipTable, Index
 from shards.order import epoch_order
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, StoreUnreachable, open_store
@@ -98,26 +100,50 @@ def test_rank_without_a_clip_in_the_short_batch_gets_an_empty_one(packed) -> Non
     assert empty.num_clips_in_global_batch == 2
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def resized(index: Index, num_clips: int) -> Index:
+    """The index with so many training clips in split 1, all different in name."""
+    table = index.clips(1, "train").table
+    rows = table.take([number % len(table) for number in range(num_clips)])
+    keys = pa.array([f"{key}-{number}" for number, key in enumerate(rows["key"].to_pylist())])
+    return replace(index, clips_table=ClipTable.of(rows.set_column(0, "key", keys)))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    num_clips=st.integers(1, 40),
     batch_size=st.integers(1, 14),
-    world=st.integers(1, 7),
-    num_threads=st.integers(0, 3),
+    worlds=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    num_threads=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     epoch=st.integers(0, 50),
     data=st.data(),
 )
-def test_resumed_epoch_is_the_rest_of_the_uninterrupted_one(
-    packed, batch_size: int, world: int, num_threads: int, epoch: int, data: st.DataObject
+def test_interrupted_epoch_goes_on_as_if_it_had_not_been(
+    packed,
+    num_clips: int,
+    batch_size: int,
+    worlds: tuple[int, int],
+    num_threads: tuple[int, int],
+    epoch: int,
+    data: st.DataObject,
 ) -> None:
-    def batches(rank: int, start_step: int = 0, **changes: object) -> list[ClipBatch]:
-        return list(loader(packed, rank, world, batch_size=batch_size, **changes).epoch(epoch, start_step))
+    """Stopped at any step by one world and resumed by another: the global batches of one rank without threads."""
+    index = resized(packed.index, num_clips)
 
-    whole = [batches(rank) for rank in range(world)]
-    keys = [key for step in zip(*whole, strict=True) for batch in step for key in batch.keys]
-    assert sorted(keys) == sorted(packed.index.clips(1, "train").keys())
-    assert keys == packed.index.clips(1, "train").keys(epoch_order(12, 3, epoch))
-    step, rank = data.draw(st.integers(0, len(whole[0]))), data.draw(st.integers(0, world - 1))
-    assert same(batches(rank, step, num_threads=num_threads, prefetch_batches=1), whole[rank][step:])
+    def global_batches(world: int, threads: int, start: int, stop: int) -> list[ClipBatch]:
+        options = replace(OPTIONS, batch_size=batch_size, num_threads=threads, prefetch_batches=2)
+        ranks = [ClipLoader(index, packed.store, 1, "train", options, rank, world) for rank in range(world)]
+        parts = [list(itertools.islice(rank.epoch(epoch, start), stop - start)) for rank in ranks]
+        return [joined(step) for step in zip(*parts, strict=True)]
+
+    steps = -(-num_clips // batch_size)
+    whole = global_batches(1, 0, 0, steps)
+    assert [key for batch in whole for key in batch.keys] == index.clips(1, "train").keys(
+        epoch_order(num_clips, OPTIONS.seed, epoch)
+    )
+    assert len({key for batch in whole for key in batch.keys}) == num_clips
+    stop = data.draw(st.integers(0, steps))
+    first = global_batches(worlds[0], num_threads[0], 0, stop)
+    assert same(first + global_batches(worlds[1], num_threads[1], stop, steps), whole)
 
 
 def test_without_shuffling_the_order_is_the_indexs(packed) -> None:
