@@ -2,12 +2,14 @@
 
 `local` is the embedded site of infra/local.py, found through its state folder (TAVLAD_HOME, else ./.tavlad). Any other
 site is a TOML file, infra/sites/NAME.toml or a path; TAVLAD_* variables override its values and carry the S3 keys.
+TAVLAD_CACHE names a node's folder for packed clips.
 """
 
 import difflib
 import json
 import os
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +89,8 @@ class Site:
         nodes of another site have its S3 keys in their own environment.
         """
         if self.state is not None:
-            return {"TAVLAD_HOME": str(self.state)}
+            cache = os.environ.get("TAVLAD_CACHE")
+            return {"TAVLAD_HOME": str(self.state)} | ({"TAVLAD_CACHE": cache} if cache else {})
         return {
             "TAVLAD_RAY_ADDRESS": self.ray_address,
             "TAVLAD_RAY_DASHBOARD": self.ray_dashboard,
@@ -125,6 +128,16 @@ def activate(site: Site) -> None:
 def state_folder() -> Path:
     """The embedded site's folder: TAVLAD_HOME, else .tavlad in the current folder; absolute."""
     return Path(os.environ.get("TAVLAD_HOME") or ".tavlad").expanduser().resolve()
+
+
+def cache_folder(site: Site) -> Path:
+    """Where a node of the site keeps packed clips: TAVLAD_CACHE of that node, else below the embedded site's state
+    folder, else a folder of this user below the system's temporary one."""
+    if os.environ.get("TAVLAD_CACHE"):
+        return Path(os.environ["TAVLAD_CACHE"]).expanduser().absolute()
+    if site.state is not None:
+        return site.state / "cache"
+    return Path(tempfile.gettempdir()) / f"tavlad-cache-{os.getuid()}"
 
 
 def site_file(state: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import open_set, read_uri
+from ray_jobs.plan import node_cache, open_set, read_uri
 from ray_jobs.recipe import Recipe
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
@@ -96,7 +96,7 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     if codebooks.exists(sample_name):
         maps = np.load(io.BytesIO(codebooks.read(sample_name)), allow_pickle=False)
     else:
-        maps = _sample(model, recipe, split, index, store)
+        maps = _sample(site, model, recipe, split, index, store)
         codebooks.write_if_absent(sample_name, _npy(maps))
     words = learn_words(descriptors_of(maps), recipe.model, recipe.training.seed)
     # Two at once make the same bytes; whichever is first is kept.
@@ -104,7 +104,9 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     return Codebook(uri=uri, trunk_weights=provenance, was_there=False)
 
 
-def _sample(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store) -> "np.ndarray[Any, Any]":
+def _sample(
+    site: Site, model: TaVlad, recipe: Recipe, split: int, index: Index, store: Store
+) -> "np.ndarray[Any, Any]":
     """The trunk's maps of random frames, the same for every K: stored, so that a sweep asks the trunk once."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = LoaderOptions(
@@ -115,7 +117,8 @@ def _sample(model: TaVlad, recipe: Recipe, split: int, index: Index, store: Stor
         shuffle=True,
         num_threads=recipe.resources.loader_threads,
     )
-    loader = ClipLoader(index, store, split, "train", options)
+    cache = node_cache(site, recipe.resources.disk_cache, index)
+    loader = ClipLoader(index, store, split, "train", options, cache=cache)
     training = recipe.training
     maps = sample_maps(model.to(device), loader.epoch(0), recipe.codebook, training.seed, training.precision)
     return maps.astype(recipe.features.dtype)

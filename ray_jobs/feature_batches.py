@@ -7,6 +7,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from shards.disk_cache import DiskCache
 from shards.features import CENTRE_SLOT, Entry, FeatureSet, FeatureTable
 from shards.read import ClipLoader
 from shards.read_ahead import read_ahead
@@ -22,11 +23,15 @@ class FeatureBatches:
     What is computed on the way is rounded as it is stored, so a batch does not depend on what was there already.
     """
 
-    def __init__(self, loader: ClipLoader, features: FeatureSet, split: int, compute: Compute) -> None:
+    def __init__(
+        self, loader: ClipLoader, features: FeatureSet, split: int, compute: Compute, cache: DiskCache | None = None
+    ) -> None:
+        """`compute` runs the trunk; `cache` is where this node keeps what it has read."""
         self._loader = loader
         self._features = features
         self._split = split
         self._compute = compute
+        self._cache = cache
         self.num_computed = 0
         """Clips that had to go through the trunk so far, on this rank."""
 
@@ -75,7 +80,7 @@ class FeatureBatches:
         """The stored features of a clip, or else its frames."""
         place = table.place(row, slot)
         if place is not None:
-            return self._features.read(place)
+            return self._features.read(place, self._cache)
         key = self._loader.clips.key(row)
         return self._loader.read_view(row, None if slot == CENTRE_SLOT else views_of(key)[slot])
 

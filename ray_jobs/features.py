@@ -115,7 +115,6 @@ def feature_loader(recipe: Recipe, index: Index, store: Store, num_threads: int)
         augment=False,
         shuffle=False,
         num_threads=num_threads,
-        cache_megabytes=0,
     )
     return ClipLoader(index, store, 1, "all", options)
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infra.site import Site
+from infra.site import Site, cache_folder
 from ray_jobs.checkpoints import Checkpoints
 from ray_jobs.recipe import Recipe
+from shards.disk_cache import DiskCache
 from shards.index import Index, load_index, share_of
 from shards.store import Store, open_store
 from tavlad.config import StageConfig
@@ -73,6 +74,13 @@ def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
     """The set a recipe trains on, or the share of it that the recipe rehearses with."""
     store = open_store(locate_set(site, dataset), site.s3)
     return store, share_of(load_index(store), recipe.training.subset)
+
+
+def node_cache(site: Site, gigabytes: float, index: Index) -> DiskCache | None:
+    """This node's cache of the set's packed clips and features; none if it may take 0 GB."""
+    if not gigabytes:
+        return None
+    return DiskCache(folder=cache_folder(site), max_bytes=int(gigabytes * 1e9), set_name=index.fingerprint)
 
 
 def checkpoint_name(stage: int, epochs_done: int, steps_done: int = 0) -> str:

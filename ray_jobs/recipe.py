@@ -27,8 +27,8 @@ class ResourceConfig:
     """Threads of one worker that fetch, decode and crop clips."""
     prefetch_batches: int = 4
     """Batches read ahead of the training step."""
-    cache_megabytes: int = 512
-    """Packed clips a worker keeps in memory, so that small sets are fetched once."""
+    disk_cache: float = 50.0
+    """GB that each node's cache of packed clips may take, for all trainings there together; 0 for no cache."""
     checkpoint_steps: int = 200
     """Steps between two checkpoints within an epoch; there is one at each epoch's end too. 0: only there."""
     max_restarts: int = 3
@@ -38,7 +38,7 @@ class ResourceConfig:
         for name in ("workers", "loader_threads", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("gpus_per_worker", "cpus_per_worker", "cache_megabytes", "checkpoint_steps", "max_restarts"):
+        for name in ("gpus_per_worker", "cpus_per_worker", "disk_cache", "checkpoint_steps", "max_restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
 
@@ -56,6 +56,13 @@ class Recipe:
     stage1: StageConfig = STAGE1
     stage2: StageConfig = STAGE2
     resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    def __post_init__(self) -> None:
+        if self.stage1.features == "always" and self.training.views != "corner-scale":
+            raise ValueError(
+                f'stage1.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): of '
+                "TSN's 260 views a clip nothing is stored"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, such as "stage1.lr"."""

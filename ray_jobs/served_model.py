@@ -34,7 +34,7 @@ COLUMNS: tuple[tuple[str, Literal["string", "long", "double"]], ...] = (
 """Of the table a served model returns, with MLflow's names of their types."""
 DEFAULT_TOP = 5
 
-_PACKAGES = ("av", "jaxtyping", "numpy", "pandas", "safetensors", "torch", "torchvision")
+_PACKAGES = ("av", "jaxtyping", "numpy", "pandas", "pillow", "safetensors", "torch", "torchvision")
 _ROOMS = ("ray_jobs", "shards", "tavlad")
 _MAX_DECODERS = 4
 

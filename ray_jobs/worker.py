@@ -20,16 +20,17 @@ from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches
 from ray_jobs.features import Extractor, decide_once, feature_set
 from ray_jobs.monitor import EpochDone, Monitor, Said, Started, Stepped, UserError
-from ray_jobs.plan import TrainingPlan, checkpoint_name, open_set
+from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
 from shards.features import FeatureSet
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
+from shards.store import Store
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
 from tavlad.config import StageConfig
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import World
-from tavlad.train import EpochReport, Listeners, StagePlan, fit
+from tavlad.train import Batches, EpochReport, Listeners, StagePlan, fit
 
 HISTORY = "history.json"
 SCORES = "scores.npz"
@@ -86,9 +87,8 @@ class _Trainer:
         """Both stages, or what is left of them."""
         store, index = open_set(self._site, self._plan.dataset_uri, self._recipe)
         model, resume = self._model(index)
-        split, rank, size = self._plan.split, self._world.rank, self._world.size
-        train = ClipLoader(index, store, split, "train", self._loader(training=True), rank, size)
-        test = ClipLoader(index, store, split, "test", self._loader(training=False), rank, size)
+        train = self._loader(index, store, training=True)
+        test = self._loader(index, store, training=False)
         for number, stage in self._plan.stages:
             if resume is not None and number < resume.stage:
                 continue
@@ -100,22 +100,22 @@ class _Trainer:
                 on_state=lambda state: self._keep_state(model, state),
             )
             state = resume if resume is not None and resume.stage == number else None
-            features = self._features(model, index, stage, train, test)
-            if features is None:
-                fit(model, plan, train, test, listeners, state, self._world)
-            else:
-                extract = self._extractor(model)
-                # The mirror image of a clip is not among what is stored for testing.
-                mirrored = self._recipe.model.mirror_at_test
-                fit(
-                    model,
-                    plan,
-                    FeatureBatches(train, features, split, extract),
-                    test if mirrored else FeatureBatches(test, features, split, extract),
-                    listeners,
-                    state,
-                    self._world,
-                )
+            fit(model, plan, *self._batches(model, index, stage, train, test), listeners, state, self._world)
+
+    def _batches(
+        self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
+    ) -> tuple[Batches, Batches]:
+        """What a stage learns from and is tested on: frames, or features in their place."""
+        features = self._features(model, index, stage, train, test)
+        if features is None:
+            return train, test
+        extract, split = self._extractor(model), self._plan.split
+        cache = node_cache(self._site, self._recipe.resources.disk_cache, index)
+        learned = FeatureBatches(train, features, split, extract, cache)
+        # The mirror image of a clip is not among what is stored for testing.
+        return learned, test if self._recipe.model.mirror_at_test else FeatureBatches(
+            test, features, split, extract, cache
+        )
 
     def _extractor(self, model: TaVlad) -> Extractor:
         return Extractor(model, self._world.device, self._recipe.training.precision)
@@ -124,7 +124,7 @@ class _Trainer:
         self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
     ) -> FeatureSet | None:
         """The feature set that a stage learns from; None if it learns from frames. Decided once for a training."""
-        if stage.features == "never":
+        if stage.features == "never" or self._recipe.training.views != "corner-scale":
             return None
         features = feature_set(self._site, self._recipe, index, model, str(self._card.provenance["trunk_weights"]))
         use = None
@@ -153,19 +153,23 @@ class _Trainer:
             self._monitor.tell(Started(resumed_from=names[-1] if names else None, history=self._history))
         return model.to(self._world.device), resume
 
-    def _loader(self, *, training: bool) -> LoaderOptions:
-        settings, resources = self._recipe.training, self._recipe.resources
-        return LoaderOptions(
+    def _loader(self, index: Index, store: Store, *, training: bool) -> ClipLoader:
+        settings, resources, world = self._recipe.training, self._recipe.resources, self._world
+        options = LoaderOptions(
             batch_size=settings.batch_size,
             seed=settings.seed,
             crop=settings.crop,
             augment=training and settings.augment,
+            views=settings.views,
             num_views=settings.num_views,
             shuffle=training,
             num_threads=resources.loader_threads,
             prefetch_batches=resources.prefetch_batches,
-            cache_megabytes=resources.cache_megabytes,
+            pin_memory=self._world.device.type == "cuda",
         )
+        part = "train" if training else "test"
+        cache = node_cache(self._site, resources.disk_cache, index)
+        return ClipLoader(index, store, self._plan.split, part, options, world.rank, world.size, cache)
 
     def _end_step(self, stage: int, done: int, total: int) -> None:
         if self._world.rank == 0:

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int32
 from pyarrow.compute import call_function
 
 from shards.clip_bytes import END_OF_SHARD, read_tar_members, tar_members
+from shards.disk_cache import DiskCache
 from shards.index import NUM_SPLITS, ClipPlace, ClipTable, Index, read_table, table_bytes
 from shards.store import Store, StoreError
 from shards.transforms import VIEWS
@@ -165,8 +166,17 @@ class FeatureSet:
         tables = [read_table(self.store, path)[0].replace_schema_metadata(None) for path in paths]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
-    def read(self, place: ClipPlace) -> Entry:
-        """One entry, proved by its digest."""
+    def read(self, place: ClipPlace, cache: DiskCache | None = None) -> Entry:
+        """One entry, proved by its digest; from this node's disk where it is there."""
+        members = cache.get(place.sha256) if cache else None
+        if members is None:
+            members = self._fetch(place)
+            if cache:
+                cache.put(place.sha256, members)
+        map_npy, *activation_npy = read_tar_members(members)
+        return Entry(_from_npy(map_npy), _from_npy(activation_npy[0]) if activation_npy else None)
+
+    def _fetch(self, place: ClipPlace) -> bytes:
         try:
             members = self.store.read_range(place.shard, place.offset, place.length)
         except StoreError as error:
@@ -176,8 +186,7 @@ class FeatureSet:
         if hashlib.sha256(members).hexdigest() != place.sha256:
             where = f"{self.store.uri}/{place.shard}"
             raise BadClip(f"features {place.key} in {where} are not what was written: {self._remedy}")
-        map_npy, *activation_npy = read_tar_members(members)
-        return Entry(_from_npy(map_npy), _from_npy(activation_npy[0]) if activation_npy else None)
+        return members
 
     def through(self) -> "Through":
         """For a training that writes what it computes."""

@@ -1,6 +1,8 @@
 """Batches out of a shard set, in exactly the order of contract 2, whatever the machine or the number of threads.
 
-order → place → bytes (cache or ranged read) → digest → JPEGs → frames → view → batch
+order → place → bytes (node's cache or ranged read) → digest → JPEGs → crop → frames → view, in its slot of the batch
+
+A worker does a whole clip, frame by frame, so that a frame is still in the processor's cache when it is resized.
 """
 
 import hashlib
@@ -18,13 +20,29 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from shards.batch_memory import BatchMemory
 from shards.clip_bytes import decode_jpeg, read_tar_members
+from shards.disk_cache import DiskCache
 from shards.index import ClipPlace, Index
+from shards.jpeg_crop import JpegCrop, JpegHeader
 from shards.order import batch_slice, epoch_order, num_steps
 from shards.packed_video import decode_packed_video
 from shards.store import MissingObject, Store, StoreError
-from shards.transforms import VIEWS, View, crop_clip, draw_view
+from shards.transforms import (
+    VIEWS,
+    TsnView,
+    View,
+    ViewPolicy,
+    Window,
+    crop_clip,
+    draw_tsn_view,
+    draw_view,
+    resize_window,
+    window_of,
+)
 from tavlad.clip import BadClip, ClipBatch
+
+_JPEG = b"\xff\xd8\xff"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +57,18 @@ class LoaderOptions:
     """Side in pixels of the frames given out."""
     augment: bool
     """Each clip in a view drawn for the epoch, or all in the centre view."""
-    num_views: int = 40
-    """Views of a clip that the drawn one is among: the first of its own order of the forty."""
+    views: ViewPolicy = "corner-scale"
+    """What is drawn from: the forty views, or TSN's 260."""
+    num_views: int = len(VIEWS)
+    """Of the forty, how many a clip is shown in: the first of its own order of them."""
     shuffle: bool
     """A new permutation every epoch, or the index's order."""
     num_threads: int = 2
     """Threads that read and decode; with 0 the caller's own does."""
     prefetch_batches: int = 4
-    """Batches read ahead: with the cache, what bounds the memory."""
-    cache_megabytes: int = 256
-    """Packed clips kept in memory over the epochs, so that a small set is read once; 0 for none."""
+    """Batches read ahead: what bounds the memory."""
+    pin_memory: bool = False
+    """Batches in page-locked memory, for copies to a GPU."""
 
     def __post_init__(self) -> None:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):
@@ -56,8 +76,6 @@ class LoaderOptions:
                 raise ValueError(f"{field} is {getattr(self, field)}: choose {low} or more")
         if not 1 <= self.num_views <= len(VIEWS):
             raise ValueError(f"num_views is {self.num_views}: choose 1 to {len(VIEWS)}")
-        if self.cache_megabytes < 0:
-            raise ValueError(f"cache_megabytes is {self.cache_megabytes}: choose 0 (no cache) or more")
 
 
 class ClipLoader:
@@ -72,14 +90,17 @@ class ClipLoader:
         options: LoaderOptions,
         rank: int = 0,
         world: int = 1,
+        cache: DiskCache | None = None,
     ) -> None:
+        """`cache` is where this node keeps clips over the epochs; without it every epoch reads them from the store."""
         assert 0 <= rank < world, (rank, world)
         self.clips = index.clips(split, part)
         self.options = options
         self._num_frames = index.num_frames
         self._store = store
         self._rank, self._world = rank, world
-        self._cache = _Cache(options.cache_megabytes * 1_000_000)
+        self._cache = cache
+        self._memory = BatchMemory(pin=options.pin_memory)
 
     @property
     def num_clips(self) -> int:
@@ -99,39 +120,70 @@ class ClipLoader:
         """
         order_N = self._order(epoch)
         steps = iter(range(start_step, self.num_steps))
-        waiting: deque[tuple[int, Int64[np.ndarray, " B"], list[Callable[[], Tensor]]]] = deque()
+        waiting: deque[tuple[ClipBatch, list[Callable[[], None]]]] = deque()
         with _Workers(self.options.num_threads) as workers:
             while True:
                 # Keep `prefetch_batches` batches under way.
                 while len(waiting) < self.options.prefetch_batches and (step := next(steps, None)) is not None:
                     rows_B = batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
-                    waiting.append((step, rows_B, [workers.start(self.read_clip, int(row), epoch) for row in rows_B]))
+                    batch = self._empty_batch(step, rows_B)
+                    slots = zip(rows_B, batch.frames_BTCHW, strict=True)
+                    reads = [
+                        workers.start(partial(self._fill, int(row), self._view(self.clips.key(int(row)), epoch), slot))
+                        for row, slot in slots
+                    ]
+                    waiting.append((batch, reads))
                 if not waiting:
                     return
-                step, rows_B, clips = waiting.popleft()
-                yield self._batch(step, rows_B, [clip() for clip in clips])
+                batch, reads = waiting.popleft()
+                for is_read in reads:
+                    is_read()
+                yield batch
+                del batch, reads  # its memory is the consumer's alone
 
     def read_clip(self, row: int, epoch: int) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part, as the epoch's batch holds it."""
-        options = self.options
-        key = self.clips.key(row)
-        return self.read_view(row, draw_view(options.seed, epoch, key, options.num_views) if options.augment else None)
+        slot_TCHW = self._memory.take(1, self._num_frames, self.options.crop)[0]
+        self._fill(row, self._view(self.clips.key(row), epoch), slot_TCHW)
+        return slot_TCHW
 
     def read_view(self, row: int, view: View | None) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part in a view, or in the centre one."""
+        slot_TCHW = self._memory.take(1, self._num_frames, self.options.crop)[0]
+        self._fill(row, view, slot_TCHW)
+        return slot_TCHW
+
+    def _fill(self, row: int, view: View | TsnView | None, slot_TCHW: Tensor) -> None:
+        """Writes a clip's frames to their place in the batch."""
         place = self.clips.place(row)
-        # → the clip's bytes, from memory or by a ranged read, with the digest they were packed with
-        members = self._cache.get(row)
+        # → the clip's bytes, from this node's disk or by a ranged read, with the digest they were packed with
+        members = self._cache.get(place.sha256) if self._cache else None
         if members is None:
             members = _fetch(self._store, place)
-            self._cache.put(row, members)
-        # → T frames as packed
-        frames_TCHW = decode_frames(members)
-        if len(frames_TCHW) != self._num_frames:
-            count = f"{len(frames_TCHW)} frames instead of {self._num_frames}"
+            if self._cache:
+                self._cache.put(place.sha256, members)
+        # → the view as the model sees it, of each frame
+        contents = read_tar_members(members)[1:]
+        if contents and bytes(contents[0][: len(_JPEG)]) == _JPEG:
+            self._check_count(place, len(contents))
+            _decode_view(contents, view, slot_TCHW)
+        else:
+            frames_TCHW = decode_frames(members)
+            self._check_count(place, len(frames_TCHW))
+            slot_TCHW.copy_(crop_clip(frames_TCHW, view, self.options.crop))
+
+    def _check_count(self, place: ClipPlace, num_frames: int) -> None:
+        if num_frames != self._num_frames:
+            count = f"{num_frames} frames instead of {self._num_frames}"
             raise BadClip(f"{_named(self._store, place)} has {count}: pack the set again")
-        # → the square that the model sees
-        return crop_clip(frames_TCHW, view, self.options.crop)
+
+    def _view(self, key: str, epoch: int) -> View | TsnView | None:
+        options = self.options
+        if not options.augment:
+            return None
+        if options.views == "tsn":
+            return draw_tsn_view(options.seed, epoch, key)
+        return draw_view(options.seed, epoch, key, options.num_views)
 
     def rows(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Int64[np.ndarray, " B"]]]:
         """This rank's clips of each global batch of an epoch, from a step on."""
@@ -148,11 +200,9 @@ class ClipLoader:
         """Clips of a global batch."""
         return min(self.options.batch_size, len(self.clips) - step * self.options.batch_size)
 
-    def _batch(self, step: int, rows_B: Int64[np.ndarray, " B"], clips: Sequence[Tensor]) -> ClipBatch:
-        crop = self.options.crop
-        empty = torch.empty((0, self._num_frames, 3, crop, crop), dtype=torch.uint8)
+    def _empty_batch(self, step: int, rows_B: Int64[np.ndarray, " B"]) -> ClipBatch:
         return ClipBatch(
-            frames_BTCHW=_stacked(clips) if clips else empty,
+            frames_BTCHW=self._memory.take(len(rows_B), self._num_frames, self.options.crop),
             labels_B=torch.from_numpy(self.clips.labels_N[rows_B]),
             keys=tuple(self.clips.keys(rows_B)),
             num_clips_in_global_batch=self.size_of_batch(step),
@@ -163,13 +213,27 @@ def decode_frames(members: bytes) -> UInt8[Tensor, "T 3 H W"]:
     """The frames of a packed clip, whose first member is its json. In memory the channels come last."""
     facts, *files = read_tar_members(members)
     frames_TCHW = decode_packed_video(json.loads(bytes(facts)), files[0])
-    return _stacked([decode_jpeg(jpeg) for jpeg in files]) if frames_TCHW is None else frames_TCHW
-
-
-def _stacked(images: Sequence[Tensor]) -> Tensor:
-    """Like torch.stack, and keeps the decoder's layout, channels last: ten times as fast here, in cropping and in
-    convolutions' own preparations."""
+    if frames_TCHW is not None:
+        return frames_TCHW
+    images = [decode_jpeg(jpeg) for jpeg in files]
+    # In the decoder's layout, channels last: ten times as fast here, in cropping and in convolutions' preparations.
     return torch.stack([image.movedim(-3, -1) for image in images]).movedim(-1, -3)
+
+
+def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_TCHW: Tensor) -> None:
+    """The view of each frame into its slot; only the part of a JPEG that shows it is decoded, if the JPEG has parts."""
+    size = slot_TCHW.shape[-1]
+    crop: JpegCrop | None = None
+    window = Window(0, 0, 0, 0, False)
+    for jpeg, slot_CHW in zip(jpegs, slot_TCHW, strict=True):
+        if crop is None or not crop.header.begins(jpeg):  # frames of a clip have the same header
+            header = JpegHeader.of(jpeg)
+            window = window_of(view, header.height, header.width, size)
+            crop = JpegCrop(header, *window[:4])
+            window = window._replace(top=window.top - crop.top, left=window.left - crop.left)
+        # By way of HWC: of CHW[None] PyTorch would not see that the channels come last, and resize a third as fast.
+        image_1CHW = decode_jpeg(crop.crop(jpeg)).movedim(0, -1)[None].movedim(-1, 1)
+        slot_CHW.copy_(resize_window(image_1CHW, window, size)[0])
 
 
 def _fetch(store: Store, place: ClipPlace) -> bytes:
@@ -194,29 +258,11 @@ def _named(store: Store, place: ClipPlace) -> str:
     return f"clip {place.key} in {store.uri}/{place.shard}"
 
 
-class _Cache:
-    """Packed clips by row, up to a size. It never evicts: an epoch visits all clips, so what is in it stays useful."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._room = max_bytes
-        self._clips: dict[int, bytes] = {}
-        self._lock = threading.Lock()
-
-    def get(self, row: int) -> bytes | None:
-        return self._clips.get(row)
-
-    def put(self, row: int, members: bytes) -> None:
-        with self._lock:
-            if row not in self._clips and len(members) <= self._room:
-                self._clips[row] = members
-                self._room -= len(members)
-
-
 class _Workers:
     """Threads that read clips; leaving the block drops what has not begun and waits for what has."""
 
     def __init__(self, num_threads: int) -> None:
-        self._pool = ThreadPoolExecutor(num_threads, "read-clips") if num_threads else None
+        self._pool = ThreadPoolExecutor(num_threads, "read-clips", _compute_alone) if num_threads else None
 
     def __enter__(self) -> "_Workers":
         return self
@@ -225,6 +271,20 @@ class _Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, read: Callable[[int, int], Tensor], row: int, epoch: int) -> Callable[[], Tensor]:
-        """What waits for the clip, or without threads reads it only then: so an error comes at the clip's place."""
-        return partial(read, row, epoch) if self._pool is None else self._pool.submit(read, row, epoch).result
+    def start(self, read: Callable[[], None]) -> Callable[[], None]:
+        """What waits for the read, or without threads does it only then: so an error comes at the clip's place."""
+        return read if self._pool is None else self._pool.submit(read).result
+
+
+_setting_threads = threading.Lock()
+
+
+def _compute_alone() -> None:
+    """Keeps the operators called by this thread in this thread: each would otherwise have helpers of its own, that
+    wait for work by spinning. What threads born later take over is left as it was."""
+    with _setting_threads:
+        inherited = torch.get_num_threads()
+        torch.set_num_threads(1)
+        other = threading.Thread(target=torch.set_num_threads, args=(inherited,))
+        other.start()
+        other.join()

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import os
+import random
 import time
 import uuid
 from collections.abc import Generator
@@ -15,7 +17,7 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from pyarrow import fs
 
@@ -32,7 +34,8 @@ from shards.store import (
     write_whole,
 )
 
-_BODY_ATTEMPTS = 4  # boto3 retries requests, but not a body that breaks off while it is read
+_READ_TIMEOUT_S = 60.0  # between two bytes of an answer
+_PATIENCE_S = 60.0  # with a server that answers wrongly or not at all while something is read
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "403", "401", "Unauthorized")
 _AILING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503", "504")
 _TRANSFER = TransferConfig(max_concurrency=4, multipart_threshold=32 << 20, multipart_chunksize=16 << 20)
@@ -128,15 +131,18 @@ class S3Store(Store):
         return f"{self._prefix}/{checked_path(path)}".lstrip("/")
 
     def _get(self, path: str, **options: str) -> bytes:
-        for attempt in range(_BODY_ATTEMPTS):
-            with self.errors(path):
-                answer = _client(self.access).get_object(Bucket=self._bucket, Key=self._key(path), **options)
+        """The object's bytes. boto3 asks again a few times; a server that is down for longer, or that breaks off while
+        its answer is read, is asked again here until its time is up."""
+        began = time.monotonic()
+        with self.errors(path):
+            for attempt in itertools.count():
                 try:
+                    answer = _client(self.access).get_object(Bucket=self._bucket, Key=self._key(path), **options)
                     return answer["Body"].read()
-                except HTTPClientError:
-                    if attempt == _BODY_ATTEMPTS - 1:
+                except (BotoCoreError, ClientError) as error:
+                    if not _may_pass(error) or time.monotonic() - began > _PATIENCE_S:
                         raise
-                    time.sleep(0.1 * 4**attempt)
+                    time.sleep(random.uniform(0.05, min(5.0, 0.1 * 2**attempt)))
         raise AssertionError("the last attempt returns or raises")
 
     @contextlib.contextmanager
@@ -201,7 +207,7 @@ def _client_of_process(access: S3Access, process: int) -> Any:
         s3={"addressing_style": "path"},
         retries={"mode": "standard", "max_attempts": 8},  # about 8 s: a server that restarts is waited for
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=_READ_TIMEOUT_S,
         max_pool_connections=64,
         # Servers other than Amazon's differ in the newer checksums; the index has a sha256 of every clip.
         request_checksum_calculation="when_required",
@@ -222,6 +228,14 @@ def _client_of_process(access: S3Access, process: int) -> Any:
 def _require_bucket(access: S3Access, bucket: str, process: int) -> None:
     """Some servers create a bucket that is merely written to: with them a mistyped name would swallow a data set."""
     _client_of_process(access, process).list_objects_v2(Bucket=bucket, MaxKeys=1)
+
+
+def _may_pass(error: BotoCoreError | ClientError) -> bool:
+    """Whether the same request may be answered later."""
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or _code(error) in ("RequestTimeout", "SlowDown")
+    return isinstance(error, (HTTPClientError, BotoConnectionError, IncompleteReadError))
 
 
 def _code(error: ClientError) -> str:

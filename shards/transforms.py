@@ -1,9 +1,13 @@
-"""The forty views of a clip: corner cropping, scale jittering and flipping, the same for all its frames."""
+"""Views of a clip: which rectangle of its frames is seen, and whether mirrored; the same for all its frames.
+
+The forty of METHOD (corner cropping, scale jittering, flipping), and TSN's finer 13 places x 10 shapes x flip.
+"""
 
 import functools
 import hashlib
+import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -36,6 +40,54 @@ CENTRE_VIEW = View(scale=0.875, place="centre", flip=False)
 """What a model is tested on: the centre 224 of 256 pixels, and the same field of view at any other size."""
 
 
+TSN_SCALES = (1.0, 0.875, 0.75, 0.66)
+TSN_PLACES = (
+    *((0, 0), (0, 4), (4, 0), (4, 4), (2, 2)),
+    *((2, 0), (2, 4), (4, 2), (0, 2)),
+    *((1, 1), (1, 3), (3, 1), (3, 3)),
+)
+"""Quarters of the room above and to the left of the rectangle."""
+_SNAP = 3  # pixels: a side this near to the size given out is made that size, so that nothing is resized
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TsnView:
+    """A rectangle of the frame, at most one scale step away from a square, and whether it is mirrored.
+
+    Source: GroupMultiScaleCrop of TSN (Wang et al. 2016) with `more_fix_crop` and `max_distort` 1, and its flip.
+    """
+
+    height: float
+    """Over the frame's short side."""
+    width: float
+    """Over the frame's short side."""
+    place: tuple[int, int]
+    """One of `TSN_PLACES`."""
+    flip: bool
+
+
+TSN_VIEWS = tuple(
+    TsnView(height=TSN_SCALES[h], width=TSN_SCALES[w], place=place, flip=flip)
+    for h, w in itertools.product(range(len(TSN_SCALES)), repeat=2)
+    if abs(h - w) <= 1
+    for place in TSN_PLACES
+    for flip in (False, True)
+)
+"""10 shapes x 13 places x flip."""
+
+ViewPolicy = Literal["corner-scale", "tsn"]
+
+
+class Window(NamedTuple):
+    """A view in the pixels of one size of frame."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
 def views_of(key: str) -> tuple[View, ...]:
     """The forty views in an order of the clip's own. A training on `v` views of a clip has the first v, so what is
     computed for fewer views serves more."""
@@ -64,6 +116,27 @@ def _draw(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def draw_tsn_view(seed: int, epoch: int, key: str) -> TsnView:
+    """Like `draw_view`, uniform over TSN's 260."""
+    return TSN_VIEWS[_draw(f"{seed} {epoch} {key}") % len(TSN_VIEWS)]
+
+
+def window_of(view: View | TsnView | None, height: int, width: int, size: int) -> Window:
+    """The view's rectangle in a frame of this size, to be made `size` x `size`; no view means `CENTRE_VIEW`.
+
+    The frame must not be smaller than a pixel; TSN's rectangles snap to `size` as they do in TSN.
+    """
+    if not isinstance(view, TsnView):
+        view = CENTRE_VIEW if view is None else view
+        top, left, side = square_of(view, height, width)
+        return Window(top, left, side, side, view.flip)
+    short = min(height, width)
+    tall, wide = (max(1, int(short * scale)) for scale in (view.height, view.width))
+    tall, wide = (size if abs(side - size) < _SNAP and size <= short else side for side in (tall, wide))
+    down, right = (height - tall) // 4, (width - wide) // 4
+    return Window(view.place[0] * down, view.place[1] * right, tall, wide, view.flip)
+
+
 def square_of(view: View, height: int, width: int) -> tuple[int, int, int]:
     """Top, left and side in pixels of the view's square in a frame of this size."""
     side = max(1, int(view.scale * min(height, width)))
@@ -78,15 +151,22 @@ def square_of(view: View, height: int, width: int) -> tuple[int, int, int]:
     return top, left, side
 
 
-def crop_clip(frames_TCHW: UInt8[Tensor, "T C H W"], view: View | None, size: int) -> UInt8[Tensor, "T C size size"]:
-    """The view's square of every frame as `size` x `size` pixels; no view means `CENTRE_VIEW`.
+def crop_clip(
+    frames_TCHW: UInt8[Tensor, "T C H W"], view: View | TsnView | None, size: int
+) -> UInt8[Tensor, "T C size size"]:
+    """The view of every frame as `size` x `size` pixels; no view means `CENTRE_VIEW`.
 
     Bilinear, with antialiasing where it shrinks, as PIL resizes for TSN and ActionVLAD. Channels that come last in
     memory still do, which is much the faster.
     """
-    view = CENTRE_VIEW if view is None else view
-    top, left, side = square_of(view, *frames_TCHW.shape[-2:])
-    square_TCSS = frames_TCHW[..., top : top + side, left : left + side]
-    if side != size:
-        square_TCSS = F.interpolate(square_TCSS, size=(size, size), mode="bilinear", antialias=True)
-    return square_TCSS.flip(-1) if view.flip else square_TCSS
+    height, width = frames_TCHW.shape[-2:]
+    return resize_window(frames_TCHW, window_of(view, height, width, size), size)
+
+
+def resize_window(frames_TCHW: UInt8[Tensor, "T C H W"], window: Window, size: int) -> UInt8[Tensor, "T C size size"]:
+    """The window of every frame as `size` x `size` pixels, as `crop_clip` makes it."""
+    top, left, height, width, flip = window
+    window_TCHW = frames_TCHW[..., top : top + height, left : left + width]
+    if (height, width) != (size, size):
+        window_TCHW = F.interpolate(window_TCHW, size=(size, size), mode="bilinear", antialias=True)
+    return window_TCHW.flip(-1) if flip else window_TCHW

@@ -143,6 +143,8 @@ class TrainingConfig:
     """Side of the square the trunk sees, in pixels."""
     augment: bool = True
     """Corner crops, scale jitter and flips, one draw a clip; off: the centre crop of evaluation."""
+    views: Literal["corner-scale", "tsn"] = "corner-scale"
+    """What augmentation draws from: 4 scales x 5 places x flip, or TSN's 10 shapes x 13 places x flip."""
     num_views: int = 40
     """Of the forty views, how many a clip is shown in; fewer make a feature set smaller (docs/GUIDE, "Features")."""
     adam_eps: float = 1e-4

@@ -6,16 +6,19 @@ import tarfile
 import threading
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards.clip_bytes import decode_jpeg
+from shards.disk_cache import DiskCache
+from shards.index import ClipTable, Index
 from shards.order import epoch_order
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, StoreUnreachable, open_store
-from shards.transforms import CENTRE_VIEW, crop_clip, draw_view
+from shards.transforms import CENTRE_VIEW, crop_clip, draw_tsn_view, draw_view
 from tavlad.clip import BadClip, ClipBatch
 
 OPTIONS = LoaderOptions(batch_size=5, seed=3, crop=24, augment=True, shuffle=True)
@@ -62,17 +65,19 @@ def test_batches_are_slices_of_the_epochs_order_and_the_last_is_short(packed, re
     assert reference[0][0].keys != reference[1][0].keys
 
 
-@pytest.mark.parametrize("augment", [True, False])
-def test_clips_are_the_packed_jpegs_in_the_drawn_view(packed, augment: bool) -> None:
+@pytest.mark.parametrize("views", ["corner-scale", "tsn", None])
+def test_clips_are_the_packed_jpegs_in_the_drawn_view(packed, views: str | None) -> None:
     members: dict[str, bytes] = {}
     for shard in range(3):
         with tarfile.open(fileobj=io.BytesIO(packed.store.read(f"shards/{shard:06d}.tar"))) as tar:
             members |= {member.name: tar.extractfile(member).read() for member in tar}
-    for batch in loader(packed, augment=augment).epoch(1):
+    drawn = {"corner-scale": draw_view, "tsn": draw_tsn_view}.get(views or "")
+    changes = {"views": views} if views else {"augment": False}
+    for batch in loader(packed, **changes).epoch(1):
         assert batch.frames_BTCHW.shape[1:] == (4, 3, 24, 24)
         for frames_TCHW, key in zip(batch.frames_BTCHW, batch.keys, strict=True):
             packed_TCHW = torch.stack([decode_jpeg(members[f"{key}.{frame:02}.jpg"]) for frame in range(4)])
-            view = draw_view(3, 1, key) if augment else CENTRE_VIEW
+            view = drawn(3, 1, key) if drawn else CENTRE_VIEW
             assert torch.equal(frames_TCHW, crop_clip(packed_TCHW.contiguous(), view, 24))
 
 
@@ -95,26 +100,50 @@ def test_rank_without_a_clip_in_the_short_batch_gets_an_empty_one(packed) -> Non
     assert empty.num_clips_in_global_batch == 2
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def resized(index: Index, num_clips: int) -> Index:
+    """The index with so many training clips in split 1, all different in name."""
+    table = index.clips(1, "train").table
+    rows = table.take([number % len(table) for number in range(num_clips)])
+    keys = pa.array([f"{key}-{number}" for number, key in enumerate(rows["key"].to_pylist())])
+    return replace(index, clips_table=ClipTable.of(rows.set_column(0, "key", keys)))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    num_clips=st.integers(1, 40),
     batch_size=st.integers(1, 14),
-    world=st.integers(1, 7),
-    num_threads=st.integers(0, 3),
+    worlds=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    num_threads=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     epoch=st.integers(0, 50),
     data=st.data(),
 )
-def test_resumed_epoch_is_the_rest_of_the_uninterrupted_one(
-    packed, batch_size: int, world: int, num_threads: int, epoch: int, data: st.DataObject
+def test_interrupted_epoch_goes_on_as_if_it_had_not_been(
+    packed,
+    num_clips: int,
+    batch_size: int,
+    worlds: tuple[int, int],
+    num_threads: tuple[int, int],
+    epoch: int,
+    data: st.DataObject,
 ) -> None:
-    def batches(rank: int, start_step: int = 0, **changes: object) -> list[ClipBatch]:
-        return list(loader(packed, rank, world, batch_size=batch_size, **changes).epoch(epoch, start_step))
+    """Stopped at any step by one world and resumed by another: the global batches of one rank without threads."""
+    index = resized(packed.index, num_clips)
 
-    whole = [batches(rank) for rank in range(world)]
-    keys = [key for step in zip(*whole, strict=True) for batch in step for key in batch.keys]
-    assert sorted(keys) == sorted(packed.index.clips(1, "train").keys())
-    assert keys == packed.index.clips(1, "train").keys(epoch_order(12, 3, epoch))
-    step, rank = data.draw(st.integers(0, len(whole[0]))), data.draw(st.integers(0, world - 1))
-    assert same(batches(rank, step, num_threads=num_threads, prefetch_batches=1), whole[rank][step:])
+    def global_batches(world: int, threads: int, start: int, stop: int) -> list[ClipBatch]:
+        options = replace(OPTIONS, batch_size=batch_size, num_threads=threads, prefetch_batches=2)
+        ranks = [ClipLoader(index, packed.store, 1, "train", options, rank, world) for rank in range(world)]
+        parts = [list(itertools.islice(rank.epoch(epoch, start), stop - start)) for rank in ranks]
+        return [joined(step) for step in zip(*parts, strict=True)]
+
+    steps = -(-num_clips // batch_size)
+    whole = global_batches(1, 0, 0, steps)
+    assert [key for batch in whole for key in batch.keys] == index.clips(1, "train").keys(
+        epoch_order(num_clips, OPTIONS.seed, epoch)
+    )
+    assert len({key for batch in whole for key in batch.keys}) == num_clips
+    stop = data.draw(st.integers(0, steps))
+    first = global_batches(worlds[0], num_threads[0], 0, stop)
+    assert same(first + global_batches(worlds[1], num_threads[1], stop, steps), whole)
 
 
 def test_without_shuffling_the_order_is_the_indexs(packed) -> None:
@@ -128,33 +157,58 @@ def test_number_of_steps_counts_the_short_batch(packed) -> None:
     assert loader(packed).num_clips == 12
 
 
-def test_small_set_is_read_once_over_all_epochs(packed, watched) -> None:
+def test_small_set_is_read_once_over_all_epochs_with_a_cache(packed, watched, tmp_path) -> None:
+    store = watched(packed.store)
+    cache = DiskCache(folder=tmp_path, max_bytes=10_000_000, set_name=packed.index.fingerprint)
+    for _ in range(2):  # the second loader finds what the first has left
+        batches = ClipLoader(packed.index, store, 1, "train", OPTIONS, cache=cache)
+        for epoch in range(2):
+            assert same(list(batches.epoch(epoch)), list(loader(packed).epoch(epoch)))
+    assert len(store.reads) == 12
+
+
+def test_without_a_cache_every_epoch_is_read_from_the_store(packed, watched) -> None:
     store = watched(packed.store)
     batches = ClipLoader(packed.index, store, 1, "train", OPTIONS)
     for epoch in range(3):
-        assert same(list(batches.epoch(epoch)), list(loader(packed, cache_megabytes=0).epoch(epoch)))
-    assert len(store.reads) == 12
-    without = ClipLoader(packed.index, store, 1, "train", replace(OPTIONS, cache_megabytes=0))
-    store.reads.clear()
-    for epoch in range(3):
-        list(without.epoch(epoch))
+        list(batches.epoch(epoch))
     assert len(store.reads) == 36
 
 
-def test_cache_keeps_to_its_size(packed, watched) -> None:
-    store = watched(packed.store)
-    batches = ClipLoader(packed.index, store, 1, "train", OPTIONS)
-    lengths = packed.index.clips(1, "train").table["length"].to_pylist()
-    batches._cache._room = sum(lengths) // 2
-    for _ in range(2):
-        list(batches.epoch(0))
-    assert 12 < len(store.reads) < 24
-    assert sum(map(len, batches._cache._clips.values())) <= sum(lengths) // 2
+def test_batches_that_are_held_are_never_written_to_again(packed) -> None:
+    batches = loader(packed, batch_size=2, prefetch_batches=1)
+    first = list(batches.epoch(0))  # holds all
+    kept = [batch.frames_BTCHW.clone() for batch in first]
+    view = first[0].frames_BTCHW[1, 2]  # what holds only a part keeps the memory too
+    kept_view = view.clone()
+    list(batches.epoch(1))
+    assert all(torch.equal(batch.frames_BTCHW, copy) for batch, copy in zip(first, kept, strict=True))
+    del first
+    list(batches.epoch(2))
+    assert torch.equal(view, kept_view)
+
+
+def test_memory_of_batches_that_nobody_holds_is_used_again(packed) -> None:
+    batches = loader(packed, batch_size=2, prefetch_batches=2)
+    addresses = {batch.frames_BTCHW.data_ptr() for epoch in range(4) for batch in batches.epoch(epoch)}
+    assert len(addresses) <= 4  # two ahead, one with the consumer, one just let go
+
+
+def test_operators_of_the_caller_keep_their_threads(packed) -> None:
+    before = torch.get_num_threads()
+    batches = loader(packed, num_threads=3).epoch(0)
+    next(batches)
+    inherited: list[int] = []
+    born = threading.Thread(target=lambda: inherited.append(torch.get_num_threads()))
+    born.start()
+    born.join()
+    batches.close()
+    assert [torch.get_num_threads(), *inherited] == [before, before]
 
 
 def test_no_more_is_read_ahead_than_the_prefetch_allows(packed, watched) -> None:
     store = watched(packed.store)
-    options = replace(OPTIONS, batch_size=2, prefetch_batches=2, num_threads=2, cache_megabytes=0)
+    options = replace(OPTIONS, batch_size=2, prefetch_batches=2, num_threads=2)
     batches = ClipLoader(packed.index, store, 1, "train", options).epoch(0)
     for step in range(3):
         next(batches)
@@ -240,8 +294,7 @@ def test_frames_can_be_folded_into_images_without_a_copy(packed) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("batch_size", 0), ("crop", 0), ("num_threads", -1), ("prefetch_batches", 0), ("cache_megabytes", -1)],
+    ("field", "value"), [("batch_size", 0), ("crop", 0), ("num_threads", -1), ("prefetch_batches", 0)]
 )
 def test_options_out_of_range_name_themselves(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}: choose"):

@@ -238,7 +238,8 @@ def test_a_missing_bucket_is_an_error_for_all_operations(local_s3: S3Access, tmp
 
 
 @pytest.mark.slow  # it is asked again for some seconds
-def test_a_server_that_does_not_answer_is_named(local_s3: S3Access) -> None:
+def test_a_server_that_does_not_answer_is_named(local_s3: S3Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.s3_store._PATIENCE_S", 1.0)
     store = open_store("s3://tavlad/x", replace(local_s3, endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StoreUnreachable, match=r"no S3 server answers at http://127\.0\.0\.1:9 "):
         store.read("a")

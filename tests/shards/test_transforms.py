@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.transforms import CENTRE_VIEW, VIEWS, View, crop_clip, draw_view
+from shards.transforms import (
+    CENTRE_VIEW,
+    TSN_VIEWS,
+    VIEWS,
+    View,
+    crop_clip,
+    draw_tsn_view,
+    draw_view,
+    window_of,
+)
 
 
 def slow_resize(image_HW: np.ndarray, size: int) -> np.ndarray:
@@ -105,3 +114,56 @@ def test_draws_of_epochs_and_of_clips_are_independent() -> None:
     pairs = Counter((draw_view(0, 0, f"{clip}").flip, draw_view(0, 1, f"{clip}").flip) for clip in range(2000))
     assert all(400 < count < 600 for count in pairs.values())
     assert len(pairs) == 4
+
+
+def tsn_rectangles(height: int, width: int, size: int) -> set[tuple[int, int, int, int]]:
+    """Top, left, height, width of every crop that TSN draws from, step by step as its authors describe it."""
+    short = min(height, width)
+    sides = [size if abs(int(short * scale) - size) < 3 else int(short * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    found: set[tuple[int, int, int, int]] = set()
+    for i, tall in enumerate(sides):
+        for j, wide in enumerate(sides):
+            if abs(i - j) > 1:
+                continue
+            right, down = (width - wide) // 4, (height - tall) // 4
+            corners = {(0, 0), (4 * right, 0), (0, 4 * down), (4 * right, 4 * down), (2 * right, 2 * down)}
+            edges = {(0, 2 * down), (4 * right, 2 * down), (2 * right, 4 * down), (2 * right, 0)}
+            quarters = {(a * right, b * down) for a in (1, 3) for b in (1, 3)}
+            found |= {(top, left, tall, wide) for left, top in corners | edges | quarters}
+    return found
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(256, 340, 224), (240, 320, 224), (340, 256, 112), (48, 64, 32)])
+def test_tsn_draws_from_its_thirteen_places_and_ten_shapes(height: int, width: int, size: int) -> None:
+    assert len(set(TSN_VIEWS)) == 13 * 10 * 2
+    windows = [window_of(view, height, width, size) for view in TSN_VIEWS]
+    assert {window[:4] for window in windows} == tsn_rectangles(height, width, size)
+    assert sum(window.flip for window in windows) == 130
+
+
+@given(height=st.integers(1, 400), width=st.integers(1, 400), size=st.integers(1, 300), index=st.integers(0, 259))
+def test_tsn_rectangle_lies_inside_any_frame(height: int, width: int, size: int, index: int) -> None:
+    top, left, tall, wide, _ = window_of(TSN_VIEWS[index], height, width, size)
+    assert 0 <= top < top + tall <= height
+    assert 0 <= left < left + wide <= width
+
+
+def test_tsn_view_is_stretched_to_a_square_as_the_slow_formula_says() -> None:
+    columns_HW = torch.arange(0, 200, 4).repeat(40, 1).to(torch.uint8)  # 40 x 50, brighter to the right
+    view = next(
+        view for view in TSN_VIEWS if (view.height, view.width, view.place, view.flip) == (1, 0.875, (0, 4), True)
+    )
+    top, left, tall, wide, _ = window_of(view, 40, 50, 20)
+    assert (top, left, tall, wide) == (0, 12, 40, 35)
+    cropped = crop_clip(columns_HW.expand(2, 3, 40, 50), view, 20)
+    assert cropped.shape == (2, 3, 20, 20)
+    centres = (np.arange(20) + 0.5) * 35 / 20 - 0.5 + left
+    inner = slice(2, -2)  # at the edges the triangle of the filter is cut off
+    assert np.abs(cropped[0, 0, 7].numpy()[::-1][inner] - 4 * centres[inner]).max() < 1.05
+
+
+def test_tsn_draw_is_pinned_and_uniform() -> None:
+    assert [TSN_VIEWS.index(draw_tsn_view(5, epoch, "wave%2Fa%2Eavi")) for epoch in range(4)] == [118, 68, 117, 211]
+    counts = Counter(TSN_VIEWS.index(draw_tsn_view(0, epoch, str(clip))) for epoch in range(20) for clip in range(1300))
+    assert len(counts) == 260
+    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 370  # 259 degrees of freedom: once in 100,000
