@@ -1,0 +1,193 @@
+"""Stage 1 from features and from frames, side by side: seconds a clip and epoch, and what a sweep of 9 trials costs.
+
+python benchmarks/stage1.py VIDEOS [--clips 16] [--repeats 3] [--trunk resnet34]
+
+VIDEOS is a folder per action. Rounds are interleaved, medians are shown. "arithmetic" is the ratio of multiplications:
+what a machine without any overhead would give.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ray_jobs.feature_batches import FeatureBatches, entries_of
+from ray_jobs.features import Extractor
+from shards.datasets import scan
+from shards.disk_cache import DiskCache
+from shards.features import CENTRE_SLOT, FeatureSet
+from shards.index import Index
+from shards.pack import finish, pack_shard
+from shards.plan import PackOptions, plan_packing
+from shards.read import ClipLoader, LoaderOptions
+from shards.store import Store, open_store
+from shards.transforms import views_of
+from tavlad.config import ModelConfig, StageConfig, TrainingConfig
+from tavlad.frozen import normalise
+from tavlad.model import TaVlad
+from tavlad.train import Batches, Listeners, StagePlan, fit
+from tavlad.trunk import TrunkMaps, TrunkNetwork
+
+BATCH_SIZE, CROP = 8, 224
+GMAC_TRUNK, GMAC_HEAD = 92.0, 2.9  # of a clip: ResNet-34 forward; GRU and VLAD forward and backward (METHOD, "Facts")
+
+
+class _PlainTrunk:
+    """The trunk as anyone would run it: float32, channels first, batch norms of their own."""
+
+    def __init__(self, trunk: TrunkNetwork) -> None:
+        self._trunk = trunk
+
+    @torch.no_grad()
+    def maps(self, images_BCHW: torch.Tensor, frames_per_pass: int) -> TrunkMaps:
+        del frames_per_pass
+        return self._trunk.maps(normalise(self._trunk, images_BCHW, torch.float32).contiguous())
+
+
+def _model(config: ModelConfig, num_actions: int) -> TaVlad:
+    torch.manual_seed(0)
+    model = TaVlad(config, num_actions)
+    assert model.vlad is not None
+    centres_KD = torch.nn.functional.normalize(torch.randn_like(model.vlad.centres), dim=1)
+    model.vlad.initialise(centres_KD, config.alpha)
+    return model
+
+
+def _pack(videos: Path, num_clips: int, store: Store) -> Index:
+    video_set = scan("benchmark", videos, "folders")
+    chosen = replace(video_set, videos=video_set.videos[:: max(1, len(video_set.videos) // num_clips)][:num_clips])
+    actions = tuple(sorted({video.action for video in chosen.videos}))
+    plan = plan_packing(replace(chosen, actions=actions), PackOptions())
+    return finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
+
+
+def _loader(index: Index, store: Store, num_views: int, cache: DiskCache) -> ClipLoader:
+    options = LoaderOptions(
+        batch_size=BATCH_SIZE, seed=0, crop=CROP, augment=True, shuffle=True, num_views=num_views, num_threads=1
+    )
+    return ClipLoader(index, store, 1, "all", options, cache=cache)
+
+
+def _features(model: TaVlad, index: Index, store: Store, precision: str) -> FeatureSet:
+    with torch.no_grad():
+        size, height, width = model.features(torch.zeros(1, 1, 3, CROP, CROP, dtype=torch.uint8)).maps_BTDHW.shape[2:]
+    shape = {"num_frames": index.num_frames, "size": size, "height": height, "width": width}
+    return FeatureSet(store, {"name": index.name, "precision": precision, "dtype": "float16", **shape})
+
+
+def _fill(features: FeatureSet, loader: ClipLoader, extract: Extractor, num_views: int) -> None:
+    through = features.through()
+    for row in range(loader.num_clips):
+        key = loader.clips.key(row)
+        for slot in range(num_views):
+            frames_TCHW = loader.read_view(row, None if slot == CENTRE_SLOT else views_of(key)[slot])
+            (entry,) = entries_of(extract(frames_TCHW[None]), features.dtype)
+            through.add(key, slot, entry)
+    through.flush()
+
+
+def _train(
+    model: TaVlad, batches: Batches, precision: Literal["bf16", "float32"], epochs: int = 1, lr: float = 1e-2
+) -> float:
+    """Seconds of so many epochs of stage 1."""
+    training = TrainingConfig(batch_size=BATCH_SIZE, precision=precision, crop=CROP)
+    plan = StagePlan(number=1, stage=StageConfig(epochs=epochs, lr=lr), training=training)
+    started = time.perf_counter()
+    fit(model, plan, batches, None, Listeners(on_epoch=lambda _: None))
+    return time.perf_counter() - started
+
+
+def _head_share(model: TaVlad, features: FeatureBatches) -> float:
+    """Share of a step from features that GRU and classifier take, forward and backward."""
+    whole = statistics.median(_train(model, features, "bf16") for _ in range(3)) / features.num_steps
+    (batch, *_) = features.epoch(0)
+    with torch.no_grad():
+        maps = model.describe(batch.inputs(torch.device("cpu")))
+        assert model.vlad is not None
+        vlad_BTKD = model.vlad(maps.descriptors_BTND, maps.attention_BTN)
+    model.train()
+    seconds: list[float] = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            clip = model._over_time(vlad_BTKD)  # pyright: ignore[reportPrivateUsage]
+            logits = model.classifier(torch.nn.functional.normalize(clip, dim=-1).flatten(1))
+        logits.float().logsumexp(dim=1).sum().backward()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds) / whole
+
+
+def _sweep(index: Index, store: Store, features: Store, cache: DiskCache, trunk: str) -> tuple[float, float]:
+    """Seconds of one stage 1 of 10 epochs from frames, and of 9 of them from 8 views of features, filling included."""
+    config = ModelConfig(trunk=trunk, weights="none")
+    frames = _train(_model(config, len(index.actions)), _loader(index, store, 40, cache), "bf16", epochs=10)
+    started = time.perf_counter()
+    loader = _loader(index, store, 8, cache)
+    model = _model(config, len(index.actions))
+    features_set = _features(model, index, features, "bf16")
+    extract = Extractor(model, torch.device("cpu"), "bf16")
+    _fill(features_set, loader, extract, 8)
+    for lr, width in product((3e-3, 1e-2, 3e-2), (64, 128, 256)):
+        trial = _model(replace(config, gru_width=width), len(index.actions))
+        _train(trial, FeatureBatches(loader, features_set, 1, extract, cache), "bf16", epochs=10, lr=lr)
+    return frames, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", type=Path)
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trunk", default="resnet34")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
+        root = Path(folder)
+        store = open_store(str(root / "set"))
+        index = _pack(options.videos.absolute(), options.clips, store)
+        cache = DiskCache(folder=root / "cache", max_bytes=10**11, set_name=index.fingerprint)
+        config, num_clips = ModelConfig(trunk=options.trunk, weights="none"), len(index.clips_table)
+        plain, fast, stored = (_model(config, len(index.actions)) for _ in range(3))
+        plain._frozen_trunk = _PlainTrunk(plain.trunk)  # type: ignore[assignment]
+        loader = _loader(index, store, 1, cache)
+        features = _features(stored, index, open_store(str(root / "features")), "bf16")
+        extract = Extractor(stored, torch.device("cpu"), "bf16")
+        _fill(features, loader, extract, 1)
+        batches = FeatureBatches(loader, features, 1, extract, cache)
+        runs: dict[str, Callable[[], float]] = {
+            "frames, float32, plain": lambda: _train(plain, loader, "float32"),
+            "frames, bf16, folded, channels last": lambda: _train(fast, loader, "bf16"),
+            "features, float16": lambda: _train(stored, batches, "bf16"),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for repeat in range(options.repeats + 1):
+            for name, run in runs.items():
+                took = run() / num_clips
+                if repeat:  # the first round warms up
+                    seconds[name].append(took)
+        assert batches.num_computed == 0, "everything was stored"
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        share = _head_share(stored, batches)
+        frames, sweep = _sweep(index, store, open_store(str(root / "swept")), cache, options.trunk)
+    from_features = medians["features, float16"]
+    print("| stage 1, one epoch | s a clip | features are quicker by |")
+    print("|---|---|---|")
+    for name, median in medians.items():
+        print(f"| {name} | {median:.4f} | {median / from_features:.1f}x |")
+    limit = (GMAC_TRUNK + GMAC_HEAD) / GMAC_HEAD
+    print(f"\narithmetic: {limit:.0f}x; GRU and classifier take {share:.0%} of a step from features")
+    print(f"9 trials of 10 epochs, filling 8 views included: {sweep:.0f} s, {sweep / frames:.2f} times one from frames")
+    facts = {"clips": num_clips, "trunk": options.trunk, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"seconds_per_clip": medians, "head_share": share, "sweep_seconds": sweep, "one_from_frames": frames}
+    print(json.dumps(facts | result))
+
+
+if __name__ == "__main__":
+    main()
