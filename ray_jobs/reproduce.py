@@ -91,7 +91,8 @@ def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[s
         words.append(f"{options.subset:.0%} of the clips, for training and for testing alike")
     if options.epochs_scale != 1:
         words.append(f"epochs multiplied by {options.epochs_scale:g}")
-    words += [f"{change} in every recipe" for change in options.changes]
+    # Resources change who computes, not what.
+    words += [f"{change} in every recipe" for change in options.changes if not change.startswith("resources.")]
     return Reproduction(
         table=options.table,
         datasets=datasets,

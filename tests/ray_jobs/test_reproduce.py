@@ -144,6 +144,21 @@ def test_scaled_epochs_keep_the_schedule_in_proportion() -> None:
         ReproduceOptions(table=1, rows=("nothing",))
 
 
+def test_departures_are_what_changes_the_numbers() -> None:
+    class _Site:
+        mlflow_uri = ""
+
+    def departures(**options: Any) -> list[str]:
+        return verb._described(ReproduceOptions(table=1, **options), [], [], _Site()).departures  # type: ignore[arg-type]
+
+    assert departures(changes=("resources.gpus_per_worker=1",)) == []
+    assert departures(subset=0.5, epochs_scale=0.1, changes=("training.crop=64",)) == [
+        "50% of the clips, for training and for testing alike",
+        "epochs multiplied by 0.1",
+        "training.crop=64 in every recipe",
+    ]
+
+
 def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
