@@ -24,6 +24,7 @@ _ACTIONS = ("bend", "jack", "wave2")
 _SHORT = [
     *("--set", "stage1.epochs=3", "--set", "stage2.epochs=1", "--set", "training.batch_size=8"),
     *("--set", "training.crop=64", "--set", "model.num_clusters=4", "--set", "model.gru_width=16"),
+    *("--set", "stage1.features=never"),  # "auto" depends on what is stored when a training begins
 ]
 
 
@@ -305,3 +306,44 @@ def test_set_whose_packing_was_killed_is_not_used_and_can_be_finished(local_site
     assert tavlad("train", "demo", "--dataset", "killed").code == 2
     assert tavlad(*command).code == 0
     assert store.exists("index.parquet")
+
+
+_FEATURES = [*("features", "demo", "--dataset", "real", "--views", "3"), *_SHORT, "--set", "training.num_views=3"]
+
+
+def _objects(store: Store) -> dict[str, bytes]:
+    return {path: store.read(path) for path in store.list()}
+
+
+def test_training_learns_from_the_features_that_were_filled(local_site: Site, packed: dict[str, Any]) -> None:
+    filled = tavlad("--json", *_FEATURES).document
+    assert filled["num_entries"] == 3 * 18 + 9
+    assert not filled["was_there"]
+    train = [*_TRAIN, "--no-register", "--set", "training.num_views=3", "--set", "stage1.features=always"]
+    done = tavlad("--json", *train)
+    assert done.document == {"registered": False}
+    # Nothing is computed that is there already: trainings write what they compute.
+    store = open_store(filled["uri"], local_site.s3)
+    assert "training from features (0.00 GB): the trunk takes about 0 s" in done.out + done.err
+    assert not store.list("through/")
+    assert tavlad("--json", *_FEATURES).document == filled | {"was_there": True}
+
+
+@pytest.mark.chaos
+def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed: dict[str, Any]) -> None:
+    command = [*_FEATURES, "--set", "training.seed=5", "--set", "model.weights=none"]
+    uri = tavlad("--json", *command).document["uri"]
+    store = open_store(uri, local_site.s3)
+    whole = _objects(store)
+    for path in whole:
+        store.delete(path)
+    for shards in (1, 5):
+        process = subprocess.Popen([sys.executable, "-m", "ray_jobs.cli", *command], stdout=subprocess.DEVNULL)
+        while len(store.list("parts/")) < shards:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not store.list("split")
+    assert not tavlad("--json", *command).document["was_there"]
+    assert _objects(store) == whole
