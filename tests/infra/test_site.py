@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,15 @@ def test_services_that_start_together_are_given_the_same_keys(tmp_path: Path) ->
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(keys) for _ in range(3)]
         assert len({each.result() for each in asked}) == 1
+
+
+def test_nodes_cache_lies_where_the_node_says_else_beside_the_embedded_site(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = load_site(str(lab))
+    assert site.cache_folder(elsewhere).name == f"tavlad-cache-{os.getuid()}"
+    assert site.cache_folder(replace(elsewhere, state=tmp_path)) == tmp_path / "cache"
+    monkeypatch.setenv("TAVLAD_CACHE", str(tmp_path / "fast disk"))
+    assert site.cache_folder(elsewhere) == tmp_path / "fast disk"
+    assert "TAVLAD_CACHE" not in elsewhere.worker_environment()  # each node has its own
+    assert replace(elsewhere, state=tmp_path).worker_environment()["TAVLAD_CACHE"] == str(tmp_path / "fast disk")

@@ -167,6 +167,18 @@ def test_small_set_is_read_once_over_all_epochs_with_a_cache(packed, watched, tm
     assert len(store.reads) == 12
 
 
+def test_clip_damaged_in_the_cache_is_read_from_the_store(packed, watched, tmp_path) -> None:
+    cache = DiskCache(folder=tmp_path, max_bytes=10_000_000, set_name=packed.index.fingerprint)
+    list(ClipLoader(packed.index, packed.store, 1, "train", OPTIONS, cache=cache).epoch(0))
+    place = packed.index.clips(1, "train").place(0)
+    damaged = next(tmp_path.rglob(place.sha256))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    store = watched(packed.store)
+    batches = ClipLoader(packed.index, store, 1, "train", OPTIONS, cache=cache)
+    assert same(list(batches.epoch(1)), list(loader(packed).epoch(1)))
+    assert store.reads == [place.shard]
+
+
 def test_without_a_cache_every_epoch_is_read_from_the_store(packed, watched) -> None:
     store = watched(packed.store)
     batches = ClipLoader(packed.index, store, 1, "train", OPTIONS)
