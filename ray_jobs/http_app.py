@@ -5,6 +5,7 @@ whatever it claims), an object outside the site's bucket, what is no video. Ever
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BYTES_OF_FORM = 64 * 1024
+_SECONDS_OF_DISCARDING = 1.0
 """Beside the video, in a multipart body."""
 
 
@@ -129,6 +131,18 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
 
 
+async def _discard(receive: Receive, most: int) -> None:
+    """Take some of what is still sent: a client that is cut off while it sends does not see the answer."""
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SECONDS_OF_DISCARDING):
+            while num_bytes < most:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+
 class _Guard:
     """Tokens and sizes, before anything is kept of a body."""
 
@@ -158,6 +172,8 @@ class _Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > most:
+                if message.get("more_body", False):
+                    await _discard(receive, most)
                 raise HTTPException(413, too_large)
             return message
 
