@@ -1,7 +1,7 @@
 """Memory for batches, used again once nobody holds a batch that lies in it.
 
-Fresh memory costs its page faults, up to a tenth of reading a clip. A batch's tensor holds on to the array below it, and so
-do all its views; when the last is gone, the array's memory is free for another batch.
+Fresh memory costs its page faults, up to a tenth of reading a clip. A batch's tensor holds on to the array below it,
+and so do all its views; when the last is gone, the array's memory is free for another batch.
 """
 
 import weakref
