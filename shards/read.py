@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from shards.transforms import (
 )
 from tavlad.clip import BadClip, ClipBatch
 
+_Result = TypeVar("_Result")
+_FETCHES_A_THREAD = 4
 _JPEG = b"\xff\xd8\xff"
 
 
@@ -64,7 +66,7 @@ class LoaderOptions:
     shuffle: bool
     """A new permutation every epoch, or the index's order."""
     num_threads: int = 2
-    """Threads that read and decode; with 0 the caller's own does."""
+    """Threads that decode, with some that fetch for them; with 0 the caller's own does both."""
     prefetch_batches: int = 4
     """Batches read ahead: what bounds the memory."""
     pin_memory: bool = False
@@ -121,17 +123,20 @@ class ClipLoader:
         order_N = self._order(epoch)
         steps = iter(range(start_step, self.num_steps))
         waiting: deque[tuple[ClipBatch, list[Callable[[], None]]]] = deque()
-        with _Workers(self.options.num_threads) as workers:
+        num_threads = self.options.num_threads
+        # Fetching waits for the network, decoding for a processor: of each there are as many as it takes.
+        with _Workers(num_threads * _FETCHES_A_THREAD) as fetchers, _Workers(num_threads) as workers:
             while True:
                 # Keep `prefetch_batches` batches under way.
                 while len(waiting) < self.options.prefetch_batches and (step := next(steps, None)) is not None:
                     rows_B = batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
                     batch = self._empty_batch(step, rows_B)
-                    slots = zip(rows_B, batch.frames_BTCHW, strict=True)
-                    reads = [
-                        workers.start(partial(self._fill, int(row), self._view(self.clips.key(int(row)), epoch), slot))
-                        for row, slot in slots
-                    ]
+                    reads: list[Callable[[], None]] = []
+                    for row, slot in zip(rows_B, batch.frames_BTCHW, strict=True):
+                        place = self.clips.place(int(row))
+                        members = fetchers.start(partial(self._members, place))
+                        view = self._view(place.key, epoch)
+                        reads.append(workers.start(partial(self._fill, place, view, slot, members)))
                     waiting.append((batch, reads))
                 if not waiting:
                     return
@@ -144,25 +149,31 @@ class ClipLoader:
     def read_clip(self, row: int, epoch: int) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part, as the epoch's batch holds it."""
         slot_TCHW = self._memory.take(1, self._num_frames, self.options.crop)[0]
-        self._fill(row, self._view(self.clips.key(row), epoch), slot_TCHW)
+        place = self.clips.place(row)
+        self._fill(place, self._view(place.key, epoch), slot_TCHW, partial(self._members, place))
         return slot_TCHW
 
     def read_view(self, row: int, view: View | None) -> UInt8[Tensor, "T 3 H W"]:
         """One clip of the part in a view, or in the centre one."""
         slot_TCHW = self._memory.take(1, self._num_frames, self.options.crop)[0]
-        self._fill(row, view, slot_TCHW)
+        place = self.clips.place(row)
+        self._fill(place, view, slot_TCHW, partial(self._members, place))
         return slot_TCHW
 
-    def _fill(self, row: int, view: View | TsnView | None, slot_TCHW: Tensor) -> None:
-        """Writes a clip's frames to their place in the batch."""
-        place = self.clips.place(row)
-        # → the clip's bytes, from this node's disk or by a ranged read, with the digest they were packed with
+    def _members(self, place: ClipPlace) -> bytes:
+        """The clip's bytes, from this node's disk or by a ranged read, with the digest they were packed with."""
         members = self._cache.get(place.sha256) if self._cache else None
         if members is None:
             members = _fetch(self._store, place)
             if self._cache:
                 self._cache.put(place.sha256, members)
-        # → the view as the model sees it, of each frame
+        return members
+
+    def _fill(
+        self, place: ClipPlace, view: View | TsnView | None, slot_TCHW: Tensor, fetched: Callable[[], bytes]
+    ) -> None:
+        """Writes the view of each of a clip's frames to its place in the batch."""
+        members = fetched()
         contents = read_tar_members(members)[1:]
         if contents and bytes(contents[0][: len(_JPEG)]) == _JPEG:
             self._check_count(place, len(contents))
@@ -271,9 +282,9 @@ class _Workers:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, read: Callable[[], None]) -> Callable[[], None]:
-        """What waits for the read, or without threads does it only then: so an error comes at the clip's place."""
-        return read if self._pool is None else self._pool.submit(read).result
+    def start(self, work: Callable[[], _Result]) -> Callable[[], _Result]:
+        """What waits for the work, or without threads does it only then: so an error comes at the clip's place."""
+        return work if self._pool is None else self._pool.submit(work).result
 
 
 _setting_threads = threading.Lock()

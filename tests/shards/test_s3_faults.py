@@ -33,12 +33,14 @@ def test_range_is_read_whole_in_spite_of_faults(
 ) -> None:
     monkeypatch.setattr(s3_store, "_READ_TIMEOUT_S", 0.5)
     s3_store._client_of_process.cache_clear()
+    s3_store._session_of_process.cache_clear()
     store = open_store(URI, replace(local_s3, endpoint_url=proxy.url))
     proxy.faults.extend([fault, fault])
     before = proxy.num_requests
     assert store.read_range("data", 1000, 500_000) == DATA[1000:501_000]
     assert proxy.num_requests == before + 3
     s3_store._client_of_process.cache_clear()
+    s3_store._session_of_process.cache_clear()
 
 
 def test_faults_of_all_kinds_in_a_row_are_outlasted(local_s3: S3Access, proxy: FaultProxy) -> None:
