@@ -19,6 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BYTES_OF_FORM = 64 * 1024
 """Beside the video, in a multipart body."""
+_DRAINED_BODIES = 8
+"""How many times the largest body is taken, and dropped, before a refusal."""
+_SECONDS_TO_DRAIN = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +152,7 @@ class _Guard:
         too_large = f"the video is larger than {self._limits.max_bytes} bytes"
         claimed = headers.get(b"content-length", b"0")
         if claimed.isdigit() and int(claimed) > most:
+            await _drain(receive, most)
             await JSONResponse({"error": too_large}, 413)(scope, receive, send)
             return
         num_bytes = 0
@@ -158,6 +162,7 @@ class _Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > most:
+                await _drain(receive, most)
                 raise HTTPException(413, too_large)
             return message
 
@@ -168,3 +173,17 @@ class _Guard:
             return True
         kind, _, token = header.decode("latin-1").partition(" ")
         return kind.lower() == "bearer" and hmac.compare_digest(digest_of_token(token), self._limits.token_digest)
+
+
+async def _drain(receive: Receive, most: int) -> None:
+    """Take the rest of a body, so far as it is not endless: many clients read no answer while they still send."""
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(_SECONDS_TO_DRAIN):
+            while num_bytes < _DRAINED_BODIES * most:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
