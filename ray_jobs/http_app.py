@@ -5,7 +5,6 @@ whatever it claims), an object outside the site's bucket, what is no video. Ever
 """
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
@@ -19,8 +18,10 @@ from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BYTES_OF_FORM = 64 * 1024
-_SECONDS_OF_DISCARDING = 1.0
 """Beside the video, in a multipart body."""
+_DRAINED_BODIES = 8
+"""How many times the largest body is taken, and dropped, before a refusal."""
+_SECONDS_TO_DRAIN = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,18 +132,6 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
 
 
-async def _discard(receive: Receive, most: int) -> None:
-    """Take some of what is still sent: a client that is cut off while it sends does not see the answer."""
-    num_bytes = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_SECONDS_OF_DISCARDING):
-            while num_bytes < most:
-                message = await receive()
-                num_bytes += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-
-
 class _Guard:
     """Tokens and sizes, before anything is kept of a body."""
 
@@ -163,6 +152,7 @@ class _Guard:
         too_large = f"the video is larger than {self._limits.max_bytes} bytes"
         claimed = headers.get(b"content-length", b"0")
         if claimed.isdigit() and int(claimed) > most:
+            await _drain(receive, most)
             await JSONResponse({"error": too_large}, 413)(scope, receive, send)
             return
         num_bytes = 0
@@ -172,8 +162,7 @@ class _Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > most:
-                if message.get("more_body", False):
-                    await _discard(receive, most)
+                await _drain(receive, most)
                 raise HTTPException(413, too_large)
             return message
 
@@ -184,3 +173,17 @@ class _Guard:
             return True
         kind, _, token = header.decode("latin-1").partition(" ")
         return kind.lower() == "bearer" and hmac.compare_digest(digest_of_token(token), self._limits.token_digest)
+
+
+async def _drain(receive: Receive, most: int) -> None:
+    """Take the rest of a body, so far as it is not endless: many clients read no answer while they still send."""
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(_SECONDS_TO_DRAIN):
+            while num_bytes < _DRAINED_BODIES * most:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
