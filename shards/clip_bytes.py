@@ -88,4 +88,4 @@ def encode_jpeg(frame_CHW: Tensor, quality: int) -> bytes:
 
 def decode_jpeg(jpeg: bytes | memoryview) -> Tensor:
     """RGB uint8 (3, H, W). Other threads run meanwhile. RuntimeError if it is not a JPEG."""
-    return torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), _RGB)
+    return torch.ops.image.decode_jpeg.default(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), _RGB)

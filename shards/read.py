@@ -236,7 +236,7 @@ def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_
     size = slot_TCHW.shape[-1]
     crop: JpegCrop | None = None
     window = Window(0, 0, 0, 0, False)
-    for jpeg, slot_CHW in zip(jpegs, slot_TCHW, strict=True):
+    for jpeg, slot_1CHW in zip(jpegs, slot_TCHW.split(1), strict=True):
         if crop is None or not crop.header.begins(jpeg):  # frames of a clip have the same header
             header = JpegHeader.of(jpeg)
             window = window_of(view, header.height, header.width, size)
@@ -244,7 +244,7 @@ def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_
             window = window._replace(top=window.top - crop.top, left=window.left - crop.left)
         # By way of HWC: of CHW[None] PyTorch would not see that the channels come last, and resize a third as fast.
         image_1CHW = decode_jpeg(crop.crop(jpeg)).movedim(0, -1)[None].movedim(-1, 1)
-        slot_CHW.copy_(resize_window(image_1CHW, window, size)[0])
+        resize_window(image_1CHW, window, slot_1CHW)
 
 
 def _fetch(store: Store, place: ClipPlace) -> bytes:
