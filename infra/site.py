@@ -73,6 +73,11 @@ class Site:
         return f"s3://{self.bucket}/runs"
 
     @property
+    def sweeps_uri(self) -> str:
+        """Where sweeps keep their trials."""
+        return f"s3://{self.bucket}/sweeps"
+
+    @property
     def codebooks_uri(self) -> str:
         """Where k-means centres are kept."""
         return f"s3://{self.bucket}/codebooks"
