@@ -84,7 +84,8 @@ def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None,
 def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
     """The feature set of a data set, a trunk and the way it is run; empty until filled."""
     training = recipe.training
-    blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8)
+    device = next(model.parameters()).device
+    blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8, device=device)
     with torch.no_grad():
         size, height, width = model.features(blank, with_activation=False).maps_BTDHW.shape[2:]
     facts: dict[str, str | int] = {

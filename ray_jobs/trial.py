@@ -81,8 +81,8 @@ class _Trial:
         resume = self._resume(model)
         for row in list(self._rows):
             self._report(row)
-        model.to(self._device)
         train, held = self._batches(model, provenance, index, seen, store)
+        model.to(self._device)
         plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
         fit(model, plan, train, held, Listeners(on_epoch=lambda each: self._end_epoch(model, each)), resume)
 
