@@ -172,7 +172,9 @@ def _range(name: str, value: dict[str, Any], current: Any) -> Range:
         raise ValueError(f"{name} is not a number: list its values")
     low, high, points = value["low"], value["high"], value.get("points", 0)
     whole = isinstance(current, int)
-    if not all(_is_number(bound) and math.isfinite(bound) and not (whole and bound != int(bound)) for bound in (low, high)):
+    if not all(
+        _is_number(bound) and math.isfinite(bound) and not (whole and bound != int(bound)) for bound in (low, high)
+    ):
         raise ValueError(f"{name} = {value}: low and high must be {'whole ' if whole else ''}numbers")
     if not low < high:
         raise ValueError(f"{name} = {value}: low must be below high")

@@ -56,7 +56,9 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         if self.search == "grid" and self.trials is not None:
-            raise ValueError("a grid has as many trials as combinations: leave --trials out, or search random or optuna")
+            raise ValueError(
+                "a grid has as many trials as combinations: leave --trials out, or search random or optuna"
+            )
         if self.search != "grid" and self.trials is None:
             raise ValueError(f"--search {self.search} needs --trials N")
         if self.trials is not None and self.trials < 1:
@@ -179,10 +181,17 @@ class SweepStore:
             found[trial.id] = trial
         return found
 
+    def find(self, trial_id: str) -> Trial | None:
+        """A trial, if it is over."""
+        path = f"trials/{trial_id}.json"
+        return Trial(**json.loads(self._store.read(path))) if self._store.exists(path) else None
+
     def started(self) -> dict[str, Changes]:
         """What trials that ever began change, by ID."""
         paths = self._store.list("started/")
-        return {path.removeprefix("started/").removesuffix(".json"): json.loads(self._store.read(path)) for path in paths}
+        return {
+            path.removeprefix("started/").removesuffix(".json"): json.loads(self._store.read(path)) for path in paths
+        }
 
     def start(self, trial_id: str, changes: Changes) -> None:
         """A trial begins."""

@@ -78,7 +78,12 @@ class Progress:
         """A trial has come to its end, or was stopped early."""
         trial_id = self._plan.trial_id(changes)
         running = self._running[trial_id]
-        if self.stopping or trial_id in self.over:
+        if self.stopping:
+            return
+        if trial_id in self.over:  # a search that draws as it goes may draw the same twice
+            with self._lock:
+                del self._running[trial_id]
+            self._records.end(self.over[trial_id])
             return
         wanted = self._plan.trial_recipe(changes).stage1.epochs
         state = "diverged" if running.reason else "finished" if len(running.rows) >= wanted else "stopped"
@@ -150,7 +155,9 @@ class Listener(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._progress.begin(self._changes_of(trial.config))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         changes = self._changes_of(trial.config)
         if "diverged" in result:
             self._progress.diverge(changes, result["diverged"])
@@ -204,5 +211,3 @@ def _last(rows: list[Row]) -> str:
 
 def _top1(trial: Trial) -> str:
     return _last(trial.rows) if trial.state != "diverged" else "none"
-
-

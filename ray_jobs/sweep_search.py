@@ -3,8 +3,9 @@
 import importlib.util
 import random
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -38,7 +39,7 @@ def known_configurations(plan: SweepPlan) -> list[Changes] | None:
 
 
 def _draw(dimensions: Sequence[Dimension], count: int, seed: int) -> list[Changes]:
-    generator = cast(Any, __import__("numpy")).random.RandomState(seed)
+    generator = np.random.RandomState(seed)
     drawn: dict[str, Changes] = {}
     for _ in range(_MOST_DRAWS * count):
         ((_, changes),) = generate_variants(domains(dimensions), random_state=generator)
@@ -108,9 +109,7 @@ class _Asha(ASHAScheduler):
 
     def __init__(self, epochs: int, over: Sequence[Trial]) -> None:
         first = max(1, epochs // REDUCTION**2)
-        super().__init__(
-            time_attr=EPOCH_NAME, max_t=epochs, grace_period=first, reduction_factor=REDUCTION, brackets=1
-        )
+        super().__init__(time_attr=EPOCH_NAME, max_t=epochs, grace_period=first, reduction_factor=REDUCTION, brackets=1)
         (bracket,) = self._brackets
         for milestone, recorded in bracket._rungs:  # pyright: ignore[reportPrivateUsage]
             for trial in over:

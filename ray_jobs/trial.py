@@ -24,7 +24,7 @@ from shards.store import Store
 from tavlad.checkpoint import TrainState
 from tavlad.model import TaVlad
 from tavlad.optim import choose_trained
-from tavlad.train import Batches, EpochReport, Listeners, StagePlan, fit
+from tavlad.train import Batches, Diverged, EpochReport, Listeners, StagePlan, fit
 
 _STATE = "trial.pt"
 Report = Callable[[Row], None]
@@ -42,8 +42,16 @@ class TrialJob:
 def run_trial(job: TrialJob, changes: Changes, report: Report) -> None:
     """Train the trial, from its newest checkpoint on; every epoch's row is reported, those done before too.
 
-    Raises `Diverged` when the configuration cannot be trained with.
+    A trial that is over is told again and not trained. Raises `Diverged` when the configuration cannot be trained with.
     """
+    site = load_site(job.sweep.training.site_name)
+    known = SweepStore(site, job.sweep.name).find(job.sweep.trial_id(changes))
+    if known is not None:
+        for row in known.rows:
+            report(row)
+        if known.state == "diverged":
+            raise Diverged(known.reason)
+        return
     trial = _Trial(job, changes, report)
     try:
         trial.run()

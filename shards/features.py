@@ -158,7 +158,7 @@ class FeatureSet:
         return None
 
     def found(self, split: int, num_views: int) -> pa.Table:
-        """Rows of what is there: the filled split, or else every whole shard; and whatever trainings and sweeps left."""
+        """Rows of what is there: the filled split or else every whole shard, and whatever trainings and sweeps left."""
         filled = self.filled(split, num_views)
         paths = [] if filled is not None else self.store.list("parts/")
         paths = [*paths, *(each for each in self.store.list("through/") if ".parquet" in each)]

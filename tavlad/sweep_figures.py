@@ -43,7 +43,13 @@ def parallel_coordinates(
         axes.axvline(place, color="0.6", linewidth=0.8, zorder=0)
         for position, label in ticks:
             axes.annotate(
-                label, (place, position), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center", color="0.2"
+                label,
+                (place, position),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=8,
+                va="center",
+                color="0.2",
             )
     axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names], parse_math=False)
     axes.set(yticks=[], xlim=(-0.2, len(names) - 0.5), title="trials (dashed: stopped early)")
