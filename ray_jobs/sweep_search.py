@@ -109,7 +109,15 @@ class _Asha(ASHAScheduler):
 
     def __init__(self, epochs: int, over: Sequence[Trial]) -> None:
         first = max(1, epochs // REDUCTION**2)
-        super().__init__(time_attr=EPOCH_NAME, max_t=epochs, grace_period=first, reduction_factor=REDUCTION, brackets=1)
+        super().__init__(
+            time_attr=EPOCH_NAME,
+            metric=SCORE_NAME,
+            mode="max",
+            max_t=epochs,
+            grace_period=first,
+            reduction_factor=REDUCTION,
+            brackets=1,
+        )
         (bracket,) = self._brackets
         for milestone, recorded in bracket._rungs:  # pyright: ignore[reportPrivateUsage]
             for trial in over:

@@ -1,4 +1,4 @@
-"""tavlad tune: many short trainings that share features and codebooks, chosen by held-out clips; then the best, in full.
+"""tavlad tune: many short trainings on shared features, compared by held-out clips; then the best ones in full.
 
 Ray Tune runs the trials and decides which go on; what is known of them is ours (`ray_jobs/sweep.py`), so that a sweep
 that was killed goes on whatever Ray Tune remembers.
@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
-from ray_jobs.codebook import Codebook, build_untrained, codebook_of
+from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
 from ray_jobs.features import feature_set, fill_views
 from ray_jobs.plan import open_set, plan_training
@@ -202,12 +202,10 @@ def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | Non
     recipes = {_codebook_key(recipe): recipe for recipe in map(plan.trial_recipe, known or []) if recipe.model.has_vlad}
     if recipes:
         sizes = ", ".join(str(size) for size in sorted({recipe.model.num_clusters for recipe in recipes.values()}))
-        with console.progress(f"codebooks (K = {sizes})", len(recipes)) as advance:
-            for done, recipe in enumerate(recipes.values(), start=1):
-                # The first one stores the sample of maps that the others are made of.
-                gpus = min(1.0, recipe.resources.gpus_per_worker)
-                result_of(_prepare_codebook.options(num_cpus=1, num_gpus=gpus).remote(plan, recipe))
-                advance(done, "")
+        console.say(f"  codebooks of the clips that trials learn from: K = {sizes}")
+        needs = plan.training.recipe.resources
+        task = _prepare_codebooks.options(num_cpus=1, num_gpus=min(1.0, needs.gpus_per_worker))
+        result_of(task.remote(plan, list(recipes.values())))
     if not job.use_features or {each.field for each in plan.dimensions} & set(_DECIDES_FEATURES):
         return
     base = plan.trial_recipe({})
@@ -255,11 +253,13 @@ def _codebook_key(recipe: Recipe) -> tuple[Any, ...]:
 
 
 @ray.remote(max_calls=1)  # its process ends, and gives the memory of the model and of k-means back
-def _prepare_codebook(plan: SweepPlan, recipe: Recipe) -> Codebook:
+def _prepare_codebooks(plan: SweepPlan, recipes: list[Recipe]) -> None:
+    """The first one stores the sample of maps that the others of its trunk are made of."""
     site = load_site(plan.training.site_name)
-    store, index = open_set(site, plan.training.dataset_uri, recipe)
-    model, provenance = build_untrained(site, recipe, len(index.actions))
-    return codebook_of(site, recipe, plan.training.split, plan.held_out(index), store, model, provenance)
+    for recipe in recipes:
+        store, index = open_set(site, plan.training.dataset_uri, recipe)
+        model, provenance = build_untrained(site, recipe, len(index.actions))
+        codebook_of(site, recipe, plan.training.split, plan.held_out(index), store, model, provenance)
 
 
 def _run(
