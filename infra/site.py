@@ -73,6 +73,11 @@ class Site:
         return f"s3://{self.bucket}/runs"
 
     @property
+    def sweeps_uri(self) -> str:
+        """Where sweeps keep their trials."""
+        return f"s3://{self.bucket}/sweeps"
+
+    @property
     def codebooks_uri(self) -> str:
         """Where k-means centres are kept."""
         return f"s3://{self.bucket}/codebooks"
@@ -120,6 +125,8 @@ def activate(site: Site) -> None:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # would win over the token file
     os.environ.update(site.ray_environment())
     os.environ["MLFLOW_TRACKING_URI"] = site.mlflow_uri
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a sweep's results are ours, not files of Ray Tune's
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # and so is what is shown of it
     for name, value in _MLFLOW.items():
         os.environ.setdefault(name, value)
     os.environ.update(_without_proxy(os.environ))

@@ -45,6 +45,11 @@ class Checkpoints:
                     f"{self._store.uri}/{name} and run again; training goes on from the one before"
                 )
 
+    def remove_all(self) -> None:
+        """No checkpoint is left, whole or half written."""
+        for name in {path.partition("/")[0] for path in self._store.list()}:
+            self._remove(name)
+
     def _remove(self, name: str) -> None:
         # What makes it visible goes first: a checkpoint half removed is none.
         self._store.delete(f"{name}/{_COMPLETE}")

@@ -260,6 +260,55 @@ def train(
 
 
 @app.command()
+def tune(
+    recipe: RecipeArgument,
+    split: SplitOption = 1,
+    trials: Annotated[int | None, typer.Option(help="Configurations to try; a grid has its own number.")] = None,
+    space: Annotated[Path | None, typer.Option(help="TOML file of fields with values or bounds.")] = None,
+    search: Annotated[
+        Literal["random", "grid", "optuna"], typer.Option(help="A seeded draw, every combination, or Optuna's TPE.")
+    ] = "random",
+    scheduler: Annotated[
+        Literal["asha", "none"], typer.Option(help="Stop trials that fall behind, or train all to their end.")
+    ] = "asha",
+    finalists: Annotated[
+        int, typer.Option(help="Best configurations to train in both stages, evaluate and register.")
+    ] = 1,
+    held_out: Annotated[float, typer.Option(help="Share of the training clips to choose by, in whole groups.")] = 0.25,
+    at_once: Annotated[int | None, typer.Option(help="Trials at the same time, at most.")] = None,
+    dataset: DatasetOption = None,
+    change: SetOption = None,
+) -> None:
+    """Find the learning rate, K and U, or any other field, for a set; then train the best configuration in full.
+
+    Trials train stage 1 on shared features and are compared on clips held out of the training part, never on the test
+    part. Started again it goes on; trials that are over are not repeated. Without `--space`: stage1.lr from 1e-4 to
+    3e-2, model.num_clusters of 16, 32, 64, 128 and model.gru_width of 128, 256, 512.
+
+    Examples:
+
+    `tavlad tune ta-vlad --dataset hmdb51 --split 1 --trials 24`
+
+    `tavlad tune mine.toml --space space.toml --search grid --scheduler none --finalists 3`
+    """
+    from ray_jobs.recipe import load_recipe
+    from ray_jobs.space import load_space
+    from ray_jobs.sweep import SweepOptions
+
+    loaded = load_recipe(recipe, change, dataset)
+    options = SweepOptions(
+        search=search, scheduler=scheduler, trials=trials, share=held_out, finalists=finalists, at_once=at_once
+    )
+    dimensions = load_space(space, loaded)
+    site, console = _site(), _console()
+    from ray_jobs.tune import tune_recipe
+
+    swept = tune_recipe(site, loaded, split, dimensions, options, console)
+    console.say(f"  the sweep in MLflow: {swept.run_url}")
+    console.result(swept.document())
+
+
+@app.command()
 def register(
     recipe: RecipeArgument, split: SplitOption = 1, dataset: DatasetOption = None, change: SetOption = None
 ) -> None:

@@ -85,6 +85,14 @@ def _make_codebook(site_name: str, recipe: Recipe, split: int) -> Codebook:
     site = load_site(site_name)
     store, index = open_set(site, recipe.dataset, recipe)
     model, provenance = build_untrained(site, recipe, len(index.actions))
+    return codebook_of(site, recipe, split, index, store, model, provenance)
+
+
+def codebook_of(
+    site: Site, recipe: Recipe, split: int, index: Index, store: Store, model: TaVlad, provenance: str
+) -> Codebook:
+    """The codebook of the training part of an index; made here if there is none. `model` and `provenance` are
+    `build_untrained`'s."""
     if model.vlad is None:
         return Codebook(uri="", trunk_weights=provenance, was_there=True)
     name = f"{_fingerprint(recipe, split, index, provenance)}.safetensors"

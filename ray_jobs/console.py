@@ -8,6 +8,7 @@ from typing import Any
 
 import rich.box
 import rich.console
+import rich.live
 import rich.markup
 import rich.progress
 import rich.table
@@ -36,14 +37,23 @@ class Console:
         """The name of the step that begins."""
         self._console.print(f"[bold]{rich.markup.escape(text)}[/bold]")
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person may be watching."""
+        return self._console.is_terminal
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """A table; numbers are formatted by the caller."""
-        table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*map(rich.markup.escape, row))
-        self._console.print(table)
+        self._console.print(_table(columns, rows, title))
+
+    @contextmanager
+    def live_table(self) -> Generator[Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]]:
+        """On a terminal, a table that is drawn anew whenever it is given title, columns and rows; elsewhere nothing."""
+        if not self.is_terminal:
+            yield lambda title, columns, rows: None
+            return
+        with rich.live.Live(console=self._console, auto_refresh=False) as live:
+            yield lambda title, columns, rows: live.update(_table(columns, rows, title), refresh=True)
 
     def result(self, document: dict[str, Any]) -> None:
         """The verb's result as the last line of stdout, when JSON was asked for."""
@@ -92,3 +102,12 @@ class Console:
             self.say(f"  {label}: {done}/{total}, {left}" + (f", {note}" if note else ""))
 
         return advance
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> rich.table.Table:
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(rich.markup.escape, row))
+    return table

@@ -32,6 +32,7 @@ class FeatureBatches:
         self._split = split
         self._compute = compute
         self._cache = cache
+        self._table: FeatureTable | None = None
         self.num_computed = 0
         """Clips that had to go through the trunk so far, on this rank."""
 
@@ -43,10 +44,10 @@ class FeatureBatches:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[FeatureBatch]:
         """The batches of an epoch from a step on; at its end, everything computed in it is there for others."""
         options = self._loader.options
-        table = FeatureTable(self._loader.clips, self._features.found(self._split, options.num_views))
         through = self._features.through()
         steps = list(self._loader.rows(epoch, start_step))
         wanted = [(row, self._slot(row, epoch)) for _, rows_B in steps for row in rows_B.tolist()]
+        table = self._table_of(wanted)
         found = read_ahead(
             lambda item: self._read(table, *item),
             wanted,
@@ -69,6 +70,13 @@ class FeatureBatches:
                 num_clips_in_global_batch=self._loader.size_of_batch(step),
             )
         through.flush()
+
+    def _table_of(self, wanted: list[tuple[int, int]]) -> FeatureTable:
+        """Where everything is; asked for again only when something wanted was not there before."""
+        if self._table is None or any(self._table.present[item] < 0 for item in wanted):
+            options = self._loader.options
+            self._table = FeatureTable(self._loader.clips, self._features.found(self._split, options.num_views))
+        return self._table
 
     def _slot(self, row: int, epoch: int) -> int:
         options = self._loader.options

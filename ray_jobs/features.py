@@ -5,6 +5,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from tavlad.parallel import autocast
 _DECISION = "features.json"
 _FORMAT = 1  # raise it when the same facts would no longer give the same features
 _GIGABYTE = 1_000_000_000
+_VIEWS_BYTES = 64_000_000  # of what an actor computes at a time for a sweep: lost if it dies
 _CLIPS_AT_ONCE = 8  # through the trunk of a GPU; a CPU takes them one by one anyway
 _PROBED_CLIPS = 2
 _WORTH = 1.2  # features must save this many times what storing and reading them costs
@@ -82,7 +84,8 @@ def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None,
 def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
     """The feature set of a data set, a trunk and the way it is run; empty until filled."""
     training = recipe.training
-    blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8)
+    device = next(model.parameters()).device
+    blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8, device=device)
     with torch.no_grad():
         size, height, width = model.features(blank, with_activation=False).maps_BTDHW.shape[2:]
     facts: dict[str, str | int] = {
@@ -142,7 +145,37 @@ class Extractor:
         return (time.perf_counter() - started) / len(frames_BTCHW)
 
 
-def _fill(site: Site, recipe: Recipe, features: FeatureSet, missing: list[FeatureShard], console: Console) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipViews:
+    """Some clips, each in a slot of its own: what a sweep reads, and no more."""
+
+    rows: tuple[int, ...]
+    """Of the set's index."""
+    slots: tuple[int, ...]
+
+
+def fill_views(
+    site: Site, recipe: Recipe, features: FeatureSet, index: Index, wanted: set[tuple[int, int]], console: Console
+) -> int:
+    """Compute those of the wanted (row, slot) that are nowhere stored; how many they were."""
+    table = FeatureTable(index.clips_table, features.found(1, len(VIEWS)))
+    missing = sorted(item for item in wanted if table.present[item] < 0)
+    at_once = max(1, min(_VIEWS_BYTES // features.entry_bytes, -(-len(missing) // (2 * _num_actors(recipe)))))
+    jobs = [
+        ClipViews(rows=tuple(row for row, _ in part), slots=tuple(slot for _, slot in part))
+        for part in (missing[start : start + at_once] for start in range(0, len(missing), at_once))
+    ]
+    _fill(site, recipe, features, jobs, console)
+    return len(missing)
+
+
+def _fill(
+    site: Site,
+    recipe: Recipe,
+    features: FeatureSet,
+    missing: Sequence[FeatureShard | ClipViews],
+    console: Console,
+) -> None:
     if not missing:
         return
     total = sum(len(shard.rows) for shard in missing)
@@ -157,7 +190,7 @@ def _fill(site: Site, recipe: Recipe, features: FeatureSet, missing: list[Featur
             f"{_minutes(total * seconds / len(actors))} with {len(actors)} actors"
         )
         idle, waiting, done = list(actors), list(missing), 0
-        running: dict[Any, tuple[Any, FeatureShard]] = {}
+        running: dict[Any, tuple[Any, FeatureShard | ClipViews]] = {}
         with console.progress("clip views", total) as advance:
             while waiting or running:
                 while waiting and idle:
@@ -202,14 +235,22 @@ class _Filler:
         clips = range(min(_PROBED_CLIPS, len(self._index.clips_table)))
         return self._extract.seconds_per_clip(torch.stack([self._loader.read_view(row, None) for row in clips]))
 
-    def fill(self, shard: FeatureShard) -> None:
-        self._features.write_shard(self._index, shard, self._entries(shard))
+    def fill(self, job: FeatureShard | ClipViews) -> None:
+        if isinstance(job, FeatureShard):
+            views = [(row, job.slot) for row in job.rows]
+            self._features.write_shard(self._index, job, self._entries(views))
+            return
+        through = self._features.through()
+        views = list(zip(job.rows, job.slots, strict=True))
+        for (row, slot), entry in zip(views, self._entries(views), strict=True):
+            through.add(self._loader.clips.key(row), slot, entry)
+        through.flush()
 
-    def _entries(self, shard: FeatureShard) -> Any:
+    def _entries(self, views: list[tuple[int, int]]) -> Any:
         threads = self._loader.options.num_threads
-        clips = read_ahead(lambda row: self._frames(row, shard.slot), shard.rows, threads, 2 * _CLIPS_AT_ONCE)
-        for start in range(0, len(shard.rows), _CLIPS_AT_ONCE):
-            batch = [next(clips) for _ in shard.rows[start : start + _CLIPS_AT_ONCE]]
+        clips = read_ahead(lambda view: self._frames(*view), views, threads, 2 * _CLIPS_AT_ONCE)
+        for start in range(0, len(views), _CLIPS_AT_ONCE):
+            batch = [next(clips) for _ in views[start : start + _CLIPS_AT_ONCE]]
             yield from entries_of(self._extract(torch.stack(batch)), self._features.dtype)
 
     def _frames(self, row: int, slot: int) -> torch.Tensor:

@@ -27,14 +27,14 @@ class RunRecords:
     def __init__(self, site: Site, plan: TrainingPlan, index: Index) -> None:
         self._site = site
         self._plan = plan
-        self._folder = _spools(site) / plan.name
+        self._folder = spools(site) / plan.name
         tags = {
             "dataset": plan.dataset_name,
             "split": str(plan.split),
             "variant": plan.recipe.model.variant,
             "fingerprint": plan.dataset_fingerprint,
             "recipe": plan.recipe.fingerprint(),
-            "git": _git_commit(),
+            "git": git_commit(),
             "mlflow.runColor": _colour(plan.name),
         }
         self._spec = RunSpec(
@@ -123,19 +123,19 @@ def deliver_waiting(site: Site) -> dict[str, int]:
     """
     require_answer(site.mlflow_uri)
     left: dict[str, int] = {}
-    for lines in sorted(_spools(site).glob("*/*/lines.jsonl")):
+    for lines in sorted(spools(site).glob("*/*/lines.jsonl")):
         name = f"{lines.parent.parent.name}/{lines.parent.name}"
         if not Spool.is_held(lines.parent):
             left[name] = deliver_spool(site.mlflow_uri, lines.parent, SECONDS_FOR_DELIVERY)
     return left
 
 
-def _spools(site: Site) -> Path:
+def spools(site: Site) -> Path:
     """Where this machine keeps what it still has to tell the site's MLflow."""
     return (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool"
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """The commit this code is at, or "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

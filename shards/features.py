@@ -158,12 +158,13 @@ class FeatureSet:
         return None
 
     def found(self, split: int, num_views: int) -> pa.Table:
-        """Rows of what is there: the filled split, or else every whole shard and whatever trainings left."""
+        """Rows of what is there: the filled split or else every whole shard, and whatever trainings and sweeps left."""
         filled = self.filled(split, num_views)
-        if filled is not None:
-            return filled
-        paths = [*self.store.list("parts/"), *(each for each in self.store.list("through/") if ".parquet" in each)]
+        paths = [] if filled is not None else self.store.list("parts/")
+        paths = [*paths, *(each for each in self.store.list("through/") if ".parquet" in each)]
         tables = [read_table(self.store, path)[0].replace_schema_metadata(None) for path in paths]
+        if filled is not None:
+            tables.append(filled.replace_schema_metadata(None))
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
     def read(self, place: ClipPlace, cache: DiskCache | None = None) -> Entry:

@@ -80,6 +80,19 @@ def learn_words(descriptors: Float32[np.ndarray, "M D"], config: ModelConfig, se
     return VisualWords(centres_KD=find_centres(reduced, config.num_clusters, seed), pca=pca)
 
 
+def require_descriptors(
+    model: ModelConfig, config: CodebookConfig, num_clips: int, num_frames: int, num_places: int
+) -> None:
+    """ValueError if a sample of so many clips, of so many frames and places each, cannot give the codebook."""
+    sampled = min(config.frames, num_clips * min(config.frames_per_video, num_frames)) * num_places
+    for name, wanted in (("num_clusters", model.num_clusters), ("descriptor_pca", model.descriptor_pca)):
+        if wanted > sampled:
+            raise ValueError(
+                f"model.{name} = {wanted} is more than the {sampled} descriptors that {num_clips} training clips give: "
+                "lower it, or raise codebook.frames and codebook.frames_per_video"
+            )
+
+
 def find_pca(descriptors: Float32[np.ndarray, "M D"], size: int, seed: int) -> Pca:
     """The `size` directions of largest variance, not whitened."""
     if len(descriptors) < size:

@@ -20,6 +20,10 @@ from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import ALONE, World, autocast
 
 
+class Diverged(ValueError):
+    """The loss is no longer a number: these settings cannot be trained with."""
+
+
 @runtime_checkable
 class Batches(Protocol):
     """This rank's share of the batches of any epoch, in an order that only the epoch decides."""
@@ -84,7 +88,7 @@ def fit(
     """Train the model in place through one stage, from the step that `resume` names.
 
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
-    batch, whatever the number of ranks and however unevenly they share it. Raises ValueError when the loss is no longer
+    batch, whatever the number of ranks and however unevenly they share it. Raises `Diverged` when the loss is no longer
     a number.
     """
     stage, number = plan.stage, plan.number
@@ -139,7 +143,7 @@ class _Epochs:
             torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
             loss = _step(self.model, self.optimizer, batch, plan.training, world, sums)
             if not math.isfinite(loss):
-                raise ValueError(
+                raise Diverged(
                     f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
                     f"lower stage{plan.number}.lr (now {plan.stage.lr:g})"
                 )
@@ -176,6 +180,13 @@ class _Repeated:
         first, start_step = divmod(start_step, self._batches.num_steps)
         for number in range(first, self._passes):
             yield from self._batches.epoch(epoch * self._passes + number, start_step if number == first else 0)
+
+
+def epochs_read(plan: StagePlan, steps_a_pass: int) -> range:
+    """The epochs that `fit` asks its training batches for, when one pass over them has so many steps."""
+    passes = plan.stage.passes(steps_a_pass)
+    first = plan.number * _EPOCHS_APART
+    return range(first * passes, (first + plan.stage.epochs) * passes)
 
 
 _EPOCHS_APART = 1_000_000  # stage 2 draws other orders and views than stage 1

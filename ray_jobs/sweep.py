@@ -1,0 +1,209 @@
+"""What a sweep and its trials are, and what is known of them. The sweep's memory is here, not Ray Tune's:
+
+started/ID.json      the fields a trial changes, written before it begins
+checkpoints/ID/...   a trial's state after each epoch, until it is over
+trials/ID.json       a trial that is over, written once: its rows, epoch by epoch
+
+A trial's ID is a fingerprint of what it computes. A sweep started again takes what is over from here.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from infra.site import Site
+from ray_jobs.checkpoints import Checkpoints
+from ray_jobs.plan import TrainingPlan
+from ray_jobs.recipe import Recipe, change_recipe
+from ray_jobs.space import Changes, Dimension, changed
+from shards.held_out import held_out
+from shards.index import Index
+from shards.store import Store, open_store
+from tavlad.metrics import Scores
+
+Search = Literal["random", "grid", "optuna"]
+Scheduler = Literal["asha", "none"]
+State = Literal["finished", "stopped", "diverged"]
+Row = dict[str, Any]
+"""One epoch of a trial: `epoch` from 1, and its metrics."""
+
+_FORMAT = 1  # raise it when the same trial would no longer compute the same
+SCORE = "held_out/score"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOptions:
+    """How a sweep searches."""
+
+    search: Search = "random"
+    """A seeded random draw, every combination, or Optuna's TPE."""
+    scheduler: Scheduler = "asha"
+    """Whether trials that fall behind are stopped early (ASHA, by epochs)."""
+    trials: int | None = None
+    """How many; None for all of a grid."""
+    share: float = 0.25
+    """Part of the training clips that settings are chosen by."""
+    finalists: int = 1
+    """How many of the best configurations are then trained in both stages on the whole training part."""
+    at_once: int | None = None
+    """Trials at the same time, at most; None: as the cluster has room."""
+
+    def __post_init__(self) -> None:
+        if self.search == "grid" and self.trials is not None:
+            raise ValueError(
+                "a grid has as many trials as combinations: leave --trials out, or search random or optuna"
+            )
+        if self.search != "grid" and self.trials is None:
+            raise ValueError(f"--search {self.search} needs --trials N")
+        if self.trials is not None and self.trials < 1:
+            raise ValueError(f"--trials {self.trials}: must be at least 1")
+        if self.finalists < 0:
+            raise ValueError(f"--finalists {self.finalists}: must not be negative")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"--at-once {self.at_once}: must be at least 1")
+        if not 0 < self.share < 1:
+            raise ValueError(f"--held-out {self.share}: must be above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan:
+    """One sweep. The same recipe, space, set, split and way of searching give the same name: that is how it goes on."""
+
+    training: TrainingPlan
+    """What is trained at the end, before any field is changed."""
+    dimensions: tuple[Dimension, ...]
+    options: SweepOptions
+
+    @cached_property
+    def name(self) -> str:
+        """Such as "demo-split1-sweep-1a2b3c4d5e"; more trials or finalists are more of the same sweep."""
+        facts = {
+            "training": self.training.name,
+            "space": [repr(each) for each in self.dimensions],
+            "search": self.options.search,
+            "scheduler": self.options.scheduler,
+            "share": self.options.share,
+            "format": _FORMAT,
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return f"{self.training.dataset_name}-split{self.training.split}-sweep-{digest[:10]}"
+
+    @property
+    def seed(self) -> int:
+        """Of the draw, of the order of trials and of what is held out."""
+        return self.training.recipe.training.seed
+
+    def recipe(self, changes: Changes) -> Recipe:
+        """The recipe of a finalist. ValueError for a combination that cannot be."""
+        return changed(self.training.recipe, changes)
+
+    def trial_recipe(self, changes: Changes) -> Recipe:
+        """The recipe of a trial: stage 1 alone, scored after every epoch."""
+        return change_recipe(self.recipe(changes), {"training": {"evaluate_every": 1}, "stage2": {"epochs": 0}})
+
+    def trial_id(self, changes: Changes) -> str:
+        """The fingerprint of what a trial computes."""
+        return self.trial_recipe(changes).fingerprint(
+            sweep=self.name, set=self.training.dataset_fingerprint, split=self.training.split
+        )[:16]
+
+    def held_out(self, index: Index) -> Index:
+        """The set as trials see it."""
+        return held_out(index, self.training.split, self.options.share, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A trial that is over."""
+
+    id: str
+    changes: Changes
+    state: State
+    rows: list[Row] = field(default_factory=list)
+    """One an epoch, in order."""
+    reason: str = ""
+    """Why it diverged."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs it was trained."""
+        return len(self.rows)
+
+    @property
+    def score(self) -> float:
+        """What it is chosen by: `selection_score` after its last epoch; below every other where it diverged."""
+        return float(self.rows[-1][SCORE]) if self.rows and self.state != "diverged" else -1.0
+
+
+def selection_score(scores: Scores) -> float:
+    """Right clips, and between equals the lower mean cross entropy, as one number from 0 to 1.
+
+    (right + 1 / (1 + loss)) / (clips + 1): one more right clip always outweighs any loss. Held-out parts are small, so
+    accuracies alone are mostly ties.
+    """
+    chosen = scores.probabilities[np.arange(len(scores.labels)), scores.labels]
+    right = int((scores.ranking[:, 0] == scores.labels).sum())
+    return (right + 1 / (1 + held_out_loss(scores, chosen))) / (len(scores.labels) + 1)
+
+
+def held_out_loss(scores: Scores, chosen: "np.ndarray[Any, Any] | None" = None) -> float:
+    """Mean cross entropy of the clips; probabilities are taken as at least 1e-12."""
+    if chosen is None:
+        chosen = scores.probabilities[np.arange(len(scores.labels)), scores.labels]
+    return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Best first: trials that were trained to their end before those stopped early, then by score, then by ID."""
+    whole = {"finished": 0, "stopped": 1, "diverged": 2}
+    return sorted(trials, key=lambda trial: (whole[trial.state], -trial.score, trial.id))
+
+
+class SweepStore:
+    """What is known of a sweep's trials, on the site's store."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self.uri = f"{site.sweeps_uri}/{name}"
+        self._site = site
+        self._store: Store = open_store(self.uri, site.s3)
+
+    def finished(self) -> dict[str, Trial]:
+        """Trials that are over, by ID."""
+        found: dict[str, Trial] = {}
+        for path in self._store.list("trials/"):
+            trial = Trial(**json.loads(self._store.read(path)))
+            found[trial.id] = trial
+        return found
+
+    def find(self, trial_id: str) -> Trial | None:
+        """A trial, if it is over."""
+        path = f"trials/{trial_id}.json"
+        return Trial(**json.loads(self._store.read(path))) if self._store.exists(path) else None
+
+    def started(self) -> dict[str, Changes]:
+        """What trials that ever began change, by ID."""
+        paths = self._store.list("started/")
+        return {
+            path.removeprefix("started/").removesuffix(".json"): json.loads(self._store.read(path)) for path in paths
+        }
+
+    def start(self, trial_id: str, changes: Changes) -> None:
+        """A trial begins."""
+        self._store.write_if_absent(f"started/{trial_id}.json", json.dumps(changes).encode())
+
+    def finish(self, trial: Trial) -> bool:
+        """A trial is over; False if that was known, which then stays. Its checkpoints are removed."""
+        content = json.dumps(dataclasses.asdict(trial), indent=1).encode()
+        is_first = self._store.write_if_absent(f"trials/{trial.id}.json", content)
+        self.checkpoints(trial.id).remove_all()
+        return is_first
+
+    def checkpoints(self, trial_id: str) -> Checkpoints:
+        """A trial's checkpoints."""
+        return Checkpoints(open_store(f"{self.uri}/checkpoints/{trial_id}", self._site.s3), keep=1)

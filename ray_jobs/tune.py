@@ -1,0 +1,384 @@
+"""tavlad tune: many short trainings on shared features, compared by held-out clips; then the best ones in full.
+
+Ray Tune runs the trials and decides which go on; what is known of them is ours (`ray_jobs/sweep.py`), so that a sweep
+that was killed goes on whatever Ray Tune remembers.
+"""
+
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from infra.site import Site, load_site
+from ray_jobs.cluster import connect, result_of
+from ray_jobs.codebook import build_untrained, codebook_of
+from ray_jobs.console import Console
+from ray_jobs.features import feature_set, fill_views
+from ray_jobs.plan import open_set, plan_training
+from ray_jobs.recipe import Recipe
+from ray_jobs.register import RegisteredRun
+from ray_jobs.space import Changes, Dimension, extremes
+from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, ranked
+from ray_jobs.sweep_progress import Listener, OnRequest, Progress, described
+from ray_jobs.sweep_records import SweepRecords
+from ray_jobs.sweep_search import (
+    EPOCH_NAME,
+    SCORE_NAME,
+    known_configurations,
+    make_scheduler,
+    optuna_search,
+    require_optuna,
+)
+from ray_jobs.train import train
+from ray_jobs.trial import TrialJob, run_trial, trial_loading
+from shards.features import CENTRE_SLOT, FeatureSet
+from shards.index import Index
+from shards.order import num_steps
+from shards.store import arrow_filesystem
+from shards.transforms import draw_slot
+from tavlad.codebook import require_descriptors
+from tavlad.train import Diverged, StagePlan, epochs_read
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_STOP = 60.0
+_GIGABYTE = 1_000_000_000
+_DECIDES_FEATURES = (
+    "model.trunk",
+    "model.weights",
+    "model.descriptor",
+    "training.seed",
+    "training.precision",
+    "training.crop",
+    "training.augment",
+    "training.views",
+    "training.num_views",
+    "training.batch_size",
+    "training.subset",
+    "features.dtype",
+    "stage1.epochs",
+    "stage1.steps",
+    "stage1.features",
+)
+"""Fields that decide which features a trial reads: where one is a dimension, trials compute theirs on their way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Swept:
+    """A sweep that is done."""
+
+    plan: SweepPlan
+    trials: list[Trial]
+    """Best first."""
+    finalists: list[RegisteredRun]
+    """The best configurations, trained in both stages on the whole training part; of the same order."""
+    run_url: str
+
+    def document(self) -> dict[str, Any]:
+        """What a script reads."""
+        best = self.trials[0]
+        return {
+            "sweep": self.plan.name,
+            "trials": len(self.trials),
+            "stopped": sum(trial.state == "stopped" for trial in self.trials),
+            "epochs": sum(trial.epochs for trial in self.trials),
+            "best": {
+                "trial": best.id,
+                "changes": best.changes,
+                "held_out_top1": best.rows[-1]["held_out/top1"] if best.rows else None,
+            },
+            "finalists": [done.document() for done in self.finalists],
+            "run": self.run_url,
+        }
+
+
+def tune_recipe(
+    site: Site, recipe: Recipe, split: int, dimensions: tuple[Dimension, ...], options: SweepOptions, console: Console
+) -> Swept:
+    """Search the space, then train, evaluate and register the best configurations.
+
+    Started again it goes on where it was. Raises ValueError before any trial for a space that cannot be searched.
+    """
+    training, index = plan_training(site, recipe, split)
+    plan = SweepPlan(training=training, dimensions=dimensions, options=options)
+    if plan.options.search == "optuna":
+        require_optuna()
+    known = known_configurations(plan)
+    job = _check(site, plan, index, known)
+    connect(site)
+    console.heading(f"Sweep {plan.name}: {len(known) if known is not None else options.trials} trials")
+    store = SweepStore(site, plan.name)
+    with SweepRecords(site, plan) as records:
+        trials = _search(site, job, index, known, store, records, console)
+        _show(plan, trials, console)
+        records.conclude(trials)
+        registered: list[RegisteredRun] = []
+        for trial in _finalists(plan, trials):
+            console.say(f"Finalist {len(registered) + 1} of {options.finalists}: {described(trial.changes)}")
+            done = train(site, plan.recipe(trial.changes), split, console)
+            assert done is not None
+            registered.append(done)
+            name = f"finalist{len(registered)}"
+            records.parent.set_tags({f"{name}.trial": trial.id, f"{name}.training": done.plan.name})
+            records.parent.log_metrics({f"{name}/test/top1": done.scores.top(1)}, step=0)
+        records.finish()
+        return Swept(plan=plan, trials=trials, finalists=registered, run_url=records.parent.url())
+
+
+def _finalists(plan: SweepPlan, trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.state != "diverged"][: plan.options.finalists]
+
+
+def _check(site: Site, plan: SweepPlan, index: Index, known: list[Changes] | None) -> TrialJob:
+    """Refuse what cannot be: each combination that is known, and the largest values of all dimensions together."""
+    for changes in known or [extremes(plan.dimensions)]:
+        recipe = plan.trial_recipe(changes)
+        if recipe.stage1.epochs < 1:
+            raise ValueError("stage1.epochs = 0: trials train stage 1; give it epochs")
+    seen = plan.held_out(index)
+    base = plan.trial_recipe({})
+    model, provenance = build_untrained(site, base, len(index.actions))
+    features = feature_set(site, base, index, model, provenance)
+    _, _, height, width = features.shape
+    fixed = not {each.field for each in plan.dimensions} & {"model.trunk", "training.crop", "training.subset"}
+    num_train = len(seen.clips(plan.training.split, "train"))
+    for changes in (known or [extremes(plan.dimensions)]) if fixed else []:
+        recipe = plan.trial_recipe(changes)
+        if recipe.model.has_vlad:
+            require_descriptors(recipe.model, recipe.codebook, num_train, index.num_frames, height * width)
+    return TrialJob(sweep=plan, use_features=base.stage1.features != "never" and base.training.views == "corner-scale")
+
+
+def _search(
+    site: Site,
+    job: TrialJob,
+    index: Index,
+    known: list[Changes] | None,
+    store: SweepStore,
+    records: SweepRecords,
+    console: Console,
+) -> list[Trial]:
+    """Every trial of the sweep, best first; those that are over already are not run."""
+    plan = job.sweep
+    total = len(known) if known is not None else plan.options.trials
+    assert total is not None
+    progress = Progress(plan, store, records, console, total, plan.trial_recipe({}).stage1.epochs)
+    if known is not None:
+        ids = {plan.trial_id(changes) for changes in known}
+        progress.over = {key: trial for key, trial in progress.over.items() if key in ids}
+    if progress.over:
+        console.say(f"  {len(progress.over)} trials are over already and are not repeated")
+    for trial in progress.over.values():
+        records.end(trial)
+    started = store.started()
+    waiting = [changes for key, changes in started.items() if key not in progress.over]
+    if known is not None:
+        waiting = [changes for changes in known if plan.trial_id(changes) not in progress.over]
+        # Those that have checkpoints first.
+        waiting.sort(key=lambda changes: plan.trial_id(changes) not in started)
+    if len(progress.over) < total:
+        _prepare(site, job, index, known, console)
+        if waiting:
+            _run(site, job, progress, console, waiting)
+        left = total - len(progress.over) - len(progress.failed)
+        if known is None and left > 0:
+            _run(site, job, progress, console, optuna_search(plan, list(progress.over.values())), left)
+    if not progress.over:
+        reason = next(iter(progress.failed.values()), "no trial came to its end")
+        raise ValueError(f"every trial failed, the first one with: {reason}")
+    if progress.failed:
+        console.say(f"  {len(progress.failed)} trials failed; the same command tries them again")
+    return ranked(list(progress.over.values()))
+
+
+def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | None, console: Console) -> None:
+    """What trials share: a codebook for each K, and the features of what they will be shown."""
+    plan = job.sweep
+    recipes = {_codebook_key(recipe): recipe for recipe in map(plan.trial_recipe, known or []) if recipe.model.has_vlad}
+    if recipes:
+        sizes = ", ".join(str(size) for size in sorted({recipe.model.num_clusters for recipe in recipes.values()}))
+        console.say(f"  codebooks of the clips that trials learn from: K = {sizes}")
+        needs = plan.training.recipe.resources
+        task = _prepare_codebooks.options(num_cpus=1, num_gpus=min(1.0, needs.gpus_per_worker))
+        result_of(task.remote(plan, list(recipes.values())))
+    if not job.use_features or {each.field for each in plan.dimensions} & set(_DECIDES_FEATURES):
+        return
+    base = plan.trial_recipe({})
+    model, provenance = build_untrained(site, base, len(index.actions))
+    features = feature_set(site, base, index, model, provenance)
+    wanted = _wanted_views(plan, base, index)
+    _check_budget(base, features, len(wanted))
+    console.say(f"  features at {features.store.uri}")
+    computed = fill_views(site, base, features, index, wanted, console)
+    console.say(f"  {len(wanted)} clip views for all trials together, {computed} of them computed now")
+
+
+def _wanted_views(plan: SweepPlan, recipe: Recipe, index: Index) -> set[tuple[int, int]]:
+    """Row in the index and slot of everything that stage 1 of any trial will be shown."""
+    seen, split = plan.held_out(index), plan.training.split
+    rows = {key: row for row, key in enumerate(index.clips_table.keys())}
+    train = seen.clips(split, "train").keys()
+    options = trial_loading(recipe, training=True)
+    steps = num_steps(len(train), options.batch_size)
+    stage = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
+    held = seen.clips(split, "test").keys()
+    wanted = {(rows[key], CENTRE_SLOT) for key in held}
+    if not options.augment:
+        return wanted | {(rows[key], CENTRE_SLOT) for key in train}
+    for epoch in epochs_read(stage, steps):
+        wanted |= {(rows[key], draw_slot(options.seed, epoch, key, options.num_views)) for key in train}
+    return wanted
+
+
+def _check_budget(recipe: Recipe, features: FeatureSet, num_views: int) -> None:
+    gigabytes = num_views * features.entry_bytes / _GIGABYTE
+    if gigabytes > recipe.features.budget_gigabytes:
+        raise ValueError(
+            f"the features of {num_views} clip views would take {gigabytes:.1f} GB, and features.budget_gigabytes is "
+            f"{recipe.features.budget_gigabytes:g}: raise it, lower training.num_views, or let trials learn from "
+            'frames with stage1.features = "never"'
+        )
+
+
+def _codebook_key(recipe: Recipe) -> tuple[Any, ...]:
+    flat = recipe.flat()
+    names = [name for name in flat if name.startswith(("codebook.", "training."))]
+    more = ["model.trunk", "model.weights", "model.descriptor", "model.num_clusters", "model.descriptor_pca"]
+    return tuple(flat[name] for name in (*more, *names))
+
+
+@ray.remote(max_calls=1)  # its process ends, and gives the memory of the model and of k-means back
+def _prepare_codebooks(plan: SweepPlan, recipes: list[Recipe]) -> None:
+    """The first one stores the sample of maps that the others of its trunk are made of."""
+    site = load_site(plan.training.site_name)
+    for recipe in recipes:
+        store, index = open_set(site, plan.training.dataset_uri, recipe)
+        model, provenance = build_untrained(site, recipe, len(index.actions))
+        codebook_of(site, recipe, plan.training.split, plan.held_out(index), store, model, provenance)
+
+
+def _run(
+    site: Site,
+    job: TrialJob,
+    progress: Progress,
+    console: Console,
+    search: list[Changes] | Searcher,
+    num_samples: int = 1,
+) -> None:
+    """Run trials until all are over. Ctrl-C stops them, says how things stand, and is raised again."""
+    configurations = search if isinstance(search, list) else []
+
+    def changes_of(config: dict[str, Any]) -> Changes:
+        return configurations[config["number"]] if "number" in config else dict(config)
+
+    stopper = OnRequest()
+    tuner = _tuner(
+        site, job, search, num_samples, Listener(progress, changes_of), stopper, list(progress.over.values())
+    )
+    # Fitting blocks, and takes Ctrl-C to itself in a main thread: it runs in another while this one shows what happens.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray-tune") as executor:
+        fitting = executor.submit(tuner.fit)
+        try:
+            _show_until(fitting, progress, console)
+        except KeyboardInterrupt:
+            progress.stopping = True
+            console.say("stopping the trials ...")
+            stopper.ask()
+            wait_for([fitting], timeout=_SECONDS_TO_STOP)
+            over = ranked(list(progress.over.values()))
+            if over and over[0].rows:
+                top1 = over[0].rows[-1]["held_out/top1"]
+                console.say(f"best so far: held-out {top1:.1%} with {described(over[0].changes)}")
+            console.say(f"{len(over)} trials are over; the same command goes on with the others from their checkpoints")
+            raise
+    fitting.result()
+
+
+def _show_until(fitting: "Future[Any]", progress: Progress, console: Console) -> None:
+    with console.live_table() as draw:
+        while True:
+            done, _ = wait_for([fitting], timeout=_SECONDS_BETWEEN_LOOKS)
+            draw(*progress.table())
+            if done:
+                return
+
+
+def _tuner(
+    site: Site,
+    job: TrialJob,
+    search: list[Changes] | Searcher,
+    num_samples: int,
+    listener: Listener,
+    stopper: OnRequest,
+    over: list[Trial],
+) -> tune.Tuner:
+    plan = job.sweep
+    resources = plan.training.recipe.resources
+    needs = {"cpu": resources.cpus_per_worker} | (
+        {"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    )
+    filesystem, path = arrow_filesystem(f"{site.sweeps_uri}/{plan.name}/ray", site.s3)
+    configurations = search if isinstance(search, list) else None
+
+    def trainable(config: dict[str, Any]) -> None:
+        changes = configurations[config["number"]] if configurations is not None else dict(config)
+        _run_in_tune(job, changes)
+
+    longest = max(plan.trial_recipe(changes).stage1.epochs for changes in configurations or [extremes(plan.dimensions)])
+    return tune.Tuner(
+        tune.with_resources(trainable, needs),
+        param_space=None if configurations is None else {"number": tune.grid_search(list(range(len(configurations))))},
+        tune_config=tune.TuneConfig(
+            search_alg=None if isinstance(search, list) else search,
+            scheduler=make_scheduler(plan, longest, over),
+            num_samples=num_samples,
+            max_concurrent_trials=plan.options.at_once,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            # A name used twice would silently resume what Ray Tune remembers.
+            name=uuid.uuid4().hex,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=tune.FailureConfig(max_failures=resources.max_restarts),
+            callbacks=[listener],
+            stop=stopper,
+            verbose=0,
+        ),
+    )
+
+
+def _run_in_tune(job: TrialJob, changes: Changes) -> None:
+    """A trial's process: rows become Ray Tune's reports."""
+    epoch = 0
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal epoch
+        epoch = row["epoch"]
+        tune.report({EPOCH_NAME: epoch, SCORE_NAME: row["held_out/score"], "row": row})
+
+    try:
+        run_trial(job, changes, report)
+    except Diverged as error:  # another try would come to the same
+        tune.report({EPOCH_NAME: epoch + 1, SCORE_NAME: -1.0, "diverged": str(error)})
+
+
+def _show(plan: SweepPlan, trials: Sequence[Trial], console: Console) -> None:
+    fields = [each.field for each in plan.dimensions]
+    rows = [
+        [
+            trial.id[:6],
+            trial.state,
+            str(trial.epochs),
+            f"{trial.rows[-1]['held_out/top1']:.1%}" if trial.rows else "",
+            f"{trial.rows[-1]['held_out/loss']:.3f}" if trial.rows else "",
+            *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.changes.values()),
+        ]
+        for trial in trials[:10]
+    ]
+    console.table(["trial", "state", "epochs", "held-out", "loss", *fields], rows, "The best trials")
