@@ -1,0 +1,150 @@
+"""A sweep on real clips whose trial and driver are killed with -9: the same trials, the same results, none twice."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from infra.site import Site
+from shards.store import Store, open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+
+_SPACE = """
+[stage1]
+lr = [0.001, 0.01]
+
+[model]
+num_clusters = [4, 8]
+gru_width = [8, 16]
+"""
+_TINY = [
+    *("--set", "model.trunk=resnet18", "--set", "model.weights=none", "--set", "training.crop=64"),
+    *("--set", "training.batch_size=8", "--set", "stage1.epochs=4", "--set", "stage2.epochs=1"),
+]
+
+
+def _tavlad(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "ray_jobs.cli", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stderr}
+
+
+@pytest.fixture
+def sweep(local_site: Site, shared_data: Path, tmp_path: Path) -> list[str]:
+    """A grid of eight trials over three actions of Weizmann, as the command's arguments."""
+    (tmp_path / "splits").mkdir()
+    for action in ("bend", "jack", "wave2"):
+        shutil.copytree(shared_data / "weizmann" / "videos" / action, tmp_path / "videos" / action)
+        for path in (shared_data / "weizmann" / "splits_hmdb_format").glob(f"{action}_test_split*.txt"):
+            shutil.copy(path, tmp_path / "splits" / path.name)
+    _tavlad(
+        *("pack", str(tmp_path / "videos"), "--name", "swept", "--layout", "hmdb51"),
+        *("--splits", str(tmp_path / "splits"), "--num-frames", "8", "--short-side", "96"),
+    )
+    (tmp_path / "space.toml").write_text(_SPACE)
+    space = ["--space", str(tmp_path / "space.toml"), "--search", "grid", "--scheduler", "none", "--finalists", "0"]
+    return ["tune", "demo", "--dataset", "swept", *space, *_TINY]
+
+
+def _until(holds: Callable[[], Any], seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.2)
+    return found
+
+
+def _over(store: Store) -> dict[str, dict[str, Any]]:
+    paths = [path for path in store.list() if "/trials/" in path]
+    return {path: json.loads(store.read(path)) for path in paths}
+
+
+def _results(trials: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All of the trials but how fast they were."""
+    return {
+        path: (trial["state"], [{**row, "clips_per_second": None} for row in trial["rows"]])
+        for path, trial in trials.items()
+    }
+
+
+def _trial_processes(site: Site) -> list[psutil.Process]:
+    """The actors of this test's own cluster in which trials run."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            title, home = " ".join(process.cmdline()), process.environ().get("TAVLAD_HOME")
+        except psutil.Error:
+            continue
+        if title.startswith("ray::") and "ImplicitFunc" in title and home == str(site.state):
+            found.append(process)
+    return found
+
+
+_LEFT = """
+from infra.site import activate, load_site
+site = load_site()
+activate(site)
+import ray
+from ray_jobs.cluster import connect
+connect(site)
+groups = ray.util.placement_group_table()
+print(sum(each["state"] != "REMOVED" for each in groups.values()))
+"""
+
+
+def _placement_groups_left() -> int:
+    return int(subprocess.run([sys.executable, "-c", _LEFT], capture_output=True, text=True, check=True).stdout)
+
+
+def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[str]) -> None:
+    store = open_store(local_site.sweeps_uri, local_site.s3)
+    command = [sys.executable, "-m", "ray_jobs.cli", *sweep]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _until(lambda: [path for path in store.list() if "/checkpoints/" in path])
+    _until(lambda: _trial_processes(local_site))[0].kill()
+    before = _until(lambda: _over(store))
+    time.sleep(random.uniform(0, 3))
+    before = _over(store)
+    driver.kill()
+    driver.wait()
+    assert 0 < len(before) < 8, "killed in between"
+
+    document = _tavlad(*sweep)
+    assert document["trials"] == 8
+    assert f"{len(before)} trials are over already" in document["said"] or len(_over(store)) == 8
+    killed = _over(store)
+    assert len(killed) == 8
+    assert {path: killed[path] for path in before} == before, "what was over is not done again"
+    assert [trial["state"] for trial in killed.values()] == ["finished"] * 8
+    assert not [path for path in store.list() if "/checkpoints/" in path]
+
+    client = MlflowClient(local_site.mlflow_uri)
+    experiment = client.get_experiment_by_name("tavlad/swept")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    (parent,) = [run for run in runs if run.data.tags["kind"] == "sweep"]
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(nested) == 8
+    assert {run.data.tags["state"] for run in nested} == {"finished"}
+    for run in nested:
+        points = client.get_metric_history(run.info.run_id, "held_out/score")
+        assert sorted(point.step for point in points) == [1, 2, 3, 4], "each epoch is told once"
+    artifacts = {each.path for each in client.list_artifacts(parent.info.run_id)}
+    assert {"trials.parquet", "parallel_coordinates.png"} <= artifacts
+
+    for path in store.list():
+        store.delete(path)
+    _tavlad(*sweep)
+    assert _results(_over(store)) == _results(killed)
+    _until(lambda: not _placement_groups_left(), 60)
