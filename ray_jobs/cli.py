@@ -90,6 +90,33 @@ def status() -> None:
 
 
 @app.command()
+def prepare(
+    name: Annotated[Literal["hmdb51", "ucf101"], typer.Argument(help="The data set.")],
+    archive: Annotated[Path, typer.Argument(help="Its archive of videos: hmdb51_org.rar or UCF101.rar.")],
+    folder: Annotated[Path, typer.Argument(help="Where videos/ and splits/ are put.")],
+    splits: Annotated[
+        Path | None, typer.Option(help="test_train_splits.rar or UCF101TrainTestSplits-RecognitionTask.zip.")
+    ] = None,
+) -> None:
+    """Unpack HMDB51 or UCF101 as downloaded, and check that nothing is missing; docs/GUIDE.md says where they are.
+
+    Example: `tavlad prepare hmdb51 hmdb51_org.rar hmdb51/ --splits test_train_splits.rar`
+    """
+    from ray_jobs.prepare import prepare as run
+
+    console = _console()
+    prepared = run(name, archive, folder, splits, console)
+    console.result(
+        {
+            "videos": str(prepared.videos),
+            "splits": None if prepared.splits is None else str(prepared.splits),
+            "actions": prepared.num_actions,
+            "clips": prepared.num_videos,
+        }
+    )
+
+
+@app.command()
 def pack(
     videos: Annotated[Path, typer.Argument(help="The folder of the videos.")],
     name: Annotated[str, typer.Option(help="Name of the set on the site.")],
