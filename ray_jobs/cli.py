@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ray_jobs import cli_models
+from infra.site import default_site
+from ray_jobs import cli_jobs, cli_models
 from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
+from ray_jobs.cli_settings import hand_over as _hand_over
 from ray_jobs.cli_settings import site as _site
 
 _USER_ERROR = 2
@@ -39,11 +41,17 @@ RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of
 
 @app.callback()
 def settings(
-    site: Annotated[str, typer.Option(help="Where to run: local, a site's name or its TOML file.")] = "local",
+    site: Annotated[
+        str | None, typer.Option(help="Where to run: local, a site's name or its TOML file (else TAVLAD_SITE).")
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Do the verb in this process, on a machine of the cluster: submit no job.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")] = False,
 ) -> None:
     """Options of every verb."""
-    Settings.site_name = site
+    Settings.site_name = site or default_site()
+    Settings.is_driver = here
     Settings.json_output = json
 
 
@@ -151,6 +159,7 @@ def pack(
 
     `tavlad pack hmdb51_org/ --name hmdb51 --layout hmdb51 --splits testTrainMulti_7030_splits/`
     """
+    _hand_over()  # before looking at the videos, which only the cluster may see
     from shards.datasets import scan
     from shards.plan import PackOptions
 
@@ -428,10 +437,13 @@ def demo(
 
 
 app.add_typer(cli_models.app)
+app.add_typer(cli_jobs.app)
+app.add_typer(cli_jobs.site_app)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; errors that users can mend end as one sentence."""
+    Settings.words = tuple(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments)
     except ValueError as error:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from infra.site import Site
+from ray_jobs.job_parcel import COMMIT_FILE
 from ray_jobs.plan import TrainingPlan
 from shards.index import Index
 from tavlad.runlog import RUN_TAG, RunSpec
@@ -34,7 +35,7 @@ class RunRecords:
             "variant": plan.recipe.model.variant,
             "fingerprint": plan.dataset_fingerprint,
             "recipe": plan.recipe.fingerprint(),
-            "git": _git_commit(),
+            "git": git_commit(),
             "mlflow.runColor": _colour(plan.name),
         }
         self._spec = RunSpec(
@@ -135,8 +136,11 @@ def _spools(site: Site) -> Path:
     return (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool"
 
 
-def _git_commit() -> str:
-    """The commit this code is at, or "unknown" outside a checkout."""
+def git_commit() -> str:
+    """The commit this code is at, or "unknown" outside a checkout. A submitted job is told by a file."""
+    told = Path(__file__).with_name(COMMIT_FILE)
+    if told.is_file():
+        return told.read_text().strip()
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
