@@ -17,7 +17,7 @@ def prepare(name: PublishedName, archive: Path, folder: Path, splits: Path | Non
     console.say(f"  {num_videos} videos of {published.num_actions} actions in {videos}")
     unpacked = prepare_splits(published, splits, folder, videos) if splits is not None else None
     if unpacked is None:
-        console.say(f"  give --splits {published.splits_archive} as well, or say where the split files are when packing")
+        console.say(f"  give --splits {published.splits_archive} too, or say where the split files are when packing")
     else:
         console.say(f"  three splits in {unpacked}: every video they name is there")
     console.say(f"pack it: tavlad pack {videos} --name {name} --layout {name} --splits {unpacked or 'SPLIT_FILES'}")

@@ -87,8 +87,8 @@ def prepare_videos(published: PublishedSet, archive: Path, folder: Path, advance
     if len(counts) != published.num_actions or sum(counts.values()) < published.num_videos:
         raise ValueError(
             f"{videos} holds {sum(counts.values())} videos of {len(counts)} actions, and {published.name} has "
-            f"{published.num_videos} of {published.num_actions}: {archive} is cut off or not {published.video_archive}; "
-            f"fetch it again, remove {videos}, and repeat"
+            f"{published.num_videos} of {published.num_actions}: {archive} is cut off or not "
+            f"{published.video_archive}; fetch it again, remove {videos}, and repeat"
         )
     return videos, sum(counts.values())
 

@@ -2,7 +2,6 @@
 
 import binascii
 import io
-import os
 import shutil
 import struct
 import tarfile
@@ -100,7 +99,7 @@ def test_rar_is_unpacked_by_each_program_and_cannot_escape(
     if path is None:
         pytest.skip(f"needs {program}, which this machine does not have")
     (tmp_path / "bin").mkdir()
-    os.symlink(path, tmp_path / "bin" / program)  # alone, so that it is the one that is chosen
+    (tmp_path / "bin" / program).symlink_to(path)  # alone, so that it is the one that is chosen
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     archive = tmp_path / "set.rar"
     archive.write_bytes(rar_of({"wave/clip one.avi": b"content"}))
