@@ -1,8 +1,8 @@
 """A site: where Ray, S3 and MLflow answer. The only file that reads or writes environment variables.
 
 `local` is the embedded site of infra/local.py, found through its state folder (TAVLAD_HOME, else ./.tavlad). Any other
-site is a TOML file, infra/sites/NAME.toml or a path; TAVLAD_* variables override its values and carry the S3 keys.
-TAVLAD_CACHE names a node's folder for packed clips.
+site is a TOML file, infra/sites/NAME.toml or a path; TAVLAD_* variables override its values and may carry the S3 keys.
+TAVLAD_SITE is the site of verbs without --site, TAVLAD_CACHE a node's folder for packed clips.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from infra.s3_keys import ENVIRONMENT, find_keys
 from shards.store import S3Access, split_s3_uri
 
 _KEYS = {  # key of a site file -> variable that overrides it
@@ -24,10 +25,10 @@ _KEYS = {  # key of a site file -> variable that overrides it
     "s3_region": "TAVLAD_S3_REGION",
     "bucket": "TAVLAD_BUCKET",
     "mlflow": "TAVLAD_MLFLOW",
+    "s3_keys": "TAVLAD_S3_KEYS",
 }
-_OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1"}
-_ACCESS_KEY = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
-_SECRET_KEY = ("TAVLAD_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
+_OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1", "s3_keys": ENVIRONMENT}
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the entrypoint of a submitted job
 _MLFLOW = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is the verb's
@@ -60,6 +61,8 @@ class Site:
     s3: S3Access
     bucket: str
     mlflow_uri: str
+    s3_keys: str = ENVIRONMENT
+    """Where the S3 keys come from: "environment", "role", or the path of a private file; see infra/s3_keys.py."""
     state: Path | None = None
     """Folder of the embedded site; None for all others."""
 
@@ -103,17 +106,39 @@ class Site:
             "TAVLAD_S3_REGION": self.s3.region,
             "TAVLAD_BUCKET": self.bucket,
             "TAVLAD_MLFLOW": self.mlflow_uri,
+            "TAVLAD_S3_KEYS": self.s3_keys,
         }
 
     def ray_environment(self) -> dict[str, str]:
         """What Ray's programs and `ray.init` need to reach this site's cluster. Contains no secret."""
         addresses = {"RAY_ADDRESS": self.ray_address, "RAY_API_SERVER_ADDRESS": self.ray_dashboard}
+        if self.ray_address == "auto":
+            del addresses["RAY_ADDRESS"]  # Ray has set it in a submitted job
         return addresses | (ray_settings(self.state) if self.state is not None else {})
 
 
-def load_site(name: str = "local") -> Site:
-    """The site of that name: `local`, a file of infra/sites, or a path that ends in .toml. Raises `SiteError`."""
-    return _load_local() if name == "local" else _load_toml(name)
+def load_site(name: str = "local", *, keys: bool = True) -> Site:
+    """The site of that name: `local`, a file of infra/sites, or a path that ends in .toml. Raises `SiteError`.
+
+    With `keys` off the S3 keys are left out: who only submits jobs needs none.
+    """
+    return _load_local() if name == "local" else _load_toml(name, keys)
+
+
+def default_site() -> str:
+    """The site of a verb that names none: TAVLAD_SITE, else the embedded one."""
+    return os.environ.get("TAVLAD_SITE") or "local"
+
+
+def is_in_job() -> bool:
+    """Whether this process is the entrypoint of a submitted Ray job."""
+    return _JOB in os.environ
+
+
+def job_variables() -> set[str]:
+    """Names of the variables that a submitted job's runtime environment sets, here and in every worker of the job."""
+    job = json.loads(os.environ.get(_JOB) or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or {})
 
 
 def activate(site: Site) -> None:
@@ -203,7 +228,7 @@ def _load_local() -> Site:
         raise SiteError(f"{site_file(state)} was written by another version: run `tavlad up` again") from error
 
 
-def _load_toml(name: str) -> Site:
+def _load_toml(name: str, keys: bool) -> Site:
     file = Path(name) if name.endswith(".toml") else Path(__file__).parent / "sites" / f"{name}.toml"
     overrides = {key: os.environ[variable] for key, variable in _KEYS.items() if variable in os.environ}
     described = set(_KEYS) - set(_OPTIONAL) <= set(overrides)  # in a worker, which may not have the file
@@ -212,18 +237,20 @@ def _load_toml(name: str) -> Site:
         if key not in values:
             raise SiteError(f"site {name!r} lacks {key!r}: add it to {file}, or set {_KEYS[key]}")
     _check_addresses(name, values)
+    access_key, secret_key = _find_keys(name, values["s3_keys"]) if keys else ("", "")
     return Site(
         name=name,
         ray_address=values["ray_address"],
         ray_dashboard=values["ray_dashboard"].rstrip("/"),
         s3=S3Access(
             endpoint_url=values["s3_endpoint"].rstrip("/") or None,
-            access_key=_credential(name, _ACCESS_KEY),
-            secret_key=_credential(name, _SECRET_KEY),
+            access_key=access_key,
+            secret_key=secret_key,
             region=values["s3_region"],
         ),
         bucket=values["bucket"],
         mlflow_uri=values["mlflow"].rstrip("/"),
+        s3_keys=values["s3_keys"],
     )
 
 
@@ -257,8 +284,8 @@ def _check_addresses(name: str, values: Mapping[str, str]) -> None:
         raise SiteError(f"bucket of site {name!r} is {values['bucket']!r}: that is no bucket name") from error
 
 
-def _credential(name: str, variables: tuple[str, str]) -> str:
-    for variable in variables:
-        if os.environ.get(variable):
-            return os.environ[variable]
-    raise SiteError(f"the S3 keys of site {name!r} are not known: set {variables[0]} (or {variables[1]})")
+def _find_keys(name: str, source: str) -> tuple[str, str]:
+    try:
+        return find_keys(name, source, os.environ)
+    except ValueError as error:
+        raise SiteError(str(error)) from error

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ray_jobs import cli_models
+from infra.site import default_site
+from ray_jobs import cli_jobs, cli_models
 from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
+from ray_jobs.cli_settings import hand_over as _hand_over
 from ray_jobs.cli_settings import site as _site
 
 _USER_ERROR = 2
@@ -39,11 +41,17 @@ RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of
 
 @app.callback()
 def settings(
-    site: Annotated[str, typer.Option(help="Where to run: local, a site's name or its TOML file.")] = "local",
+    site: Annotated[
+        str | None, typer.Option(help="Where to run: local, a site's name or its TOML file (else TAVLAD_SITE).")
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Do the verb in this process, on a machine of the cluster: submit no job.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON document.")] = False,
 ) -> None:
     """Options of every verb."""
-    Settings.site_name = site
+    Settings.site_name = site or default_site()
+    Settings.is_driver = here
     Settings.json_output = json
 
 
@@ -90,6 +98,33 @@ def status() -> None:
 
 
 @app.command()
+def prepare(
+    name: Annotated[Literal["hmdb51", "ucf101"], typer.Argument(help="The data set.")],
+    archive: Annotated[Path, typer.Argument(help="Its archive of videos: hmdb51_org.rar or UCF101.rar.")],
+    folder: Annotated[Path, typer.Argument(help="Where videos/ and splits/ are put.")],
+    splits: Annotated[
+        Path | None, typer.Option(help="test_train_splits.rar or UCF101TrainTestSplits-RecognitionTask.zip.")
+    ] = None,
+) -> None:
+    """Unpack HMDB51 or UCF101 as downloaded, and check that nothing is missing; docs/GUIDE.md says where they are.
+
+    Example: `tavlad prepare hmdb51 hmdb51_org.rar hmdb51/ --splits test_train_splits.rar`
+    """
+    from ray_jobs.prepare import prepare as run
+
+    console = _console()
+    prepared = run(name, archive, folder, splits, console)
+    console.result(
+        {
+            "videos": str(prepared.videos),
+            "splits": None if prepared.splits is None else str(prepared.splits),
+            "actions": prepared.num_actions,
+            "clips": prepared.num_videos,
+        }
+    )
+
+
+@app.command()
 def pack(
     videos: Annotated[Path, typer.Argument(help="The folder of the videos.")],
     name: Annotated[str, typer.Option(help="Name of the set on the site.")],
@@ -124,6 +159,7 @@ def pack(
 
     `tavlad pack hmdb51_org/ --name hmdb51 --layout hmdb51 --splits testTrainMulti_7030_splits/`
     """
+    _hand_over()  # before looking at the videos, which only the cluster may see
     from shards.datasets import scan
     from shards.plan import PackOptions
 
@@ -450,10 +486,13 @@ def demo(
 
 
 app.add_typer(cli_models.app)
+app.add_typer(cli_jobs.app)
+app.add_typer(cli_jobs.site_app)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; errors that users can mend end as one sentence."""
+    Settings.words = tuple(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments)
     except ValueError as error:

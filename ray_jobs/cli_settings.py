@@ -1,8 +1,12 @@
 """What every verb shares: the global options, the console and the site they choose."""
 
+import sys
 from collections.abc import Collection
 
-from infra.site import Site, activate, load_site
+import click
+import typer
+
+from infra.site import Site, activate, is_in_job, load_site
 from ray_jobs.console import Console
 
 BAD_VIDEO = 3
@@ -14,6 +18,10 @@ class Settings:
 
     site_name = "local"
     json_output = False
+    is_driver = False
+    """Whether this process does the verb itself on another site too, instead of submitting it as a job."""
+    words: tuple[str, ...] = ()
+    """The command line, without the program."""
 
 
 def console() -> Console:
@@ -26,6 +34,7 @@ def site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
 
     To be called before any module that imports ray: Ray reads its authentication settings when it is imported.
     """
+    hand_over()
     if Settings.site_name != "local":
         chosen = load_site(Settings.site_name)
     else:
@@ -34,3 +43,41 @@ def site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
         chosen = start(progress=console().say, services=services)
     activate(chosen)
     return chosen
+
+
+def hand_over() -> None:
+    """Submits the verb that is being run to the site's cluster and ends this one as the job ends.
+
+    Only returns if the verb is to be done here: on the embedded site, in a job, with --here, or for verbs that need no
+    cluster. `site` calls it; a verb that looks at its arguments' files first calls it before that.
+    """
+    from ray_jobs.job_parcel import SUBMITTED, make_parcel
+
+    context = click.get_current_context()
+    verb = str(context.info_name)
+    if Settings.site_name == "local" or Settings.is_driver or verb not in SUBMITTED or is_in_job():
+        return
+    chosen = remote_site()
+    words = Settings.words[Settings.words.index(verb) + 1 :]
+    parcel = make_parcel(verb, words, context.params, chosen.bucket)
+    from ray_jobs.submit import follow, submit
+
+    job = submit(chosen, parcel, console(), json_output=Settings.json_output)
+    ended = follow(chosen, job, console(), show_output)
+    if ended.document is not None:
+        console().result(ended.document)
+    raise typer.Exit(ended.code)
+
+
+def remote_site() -> Site:
+    """The chosen site as one that only submits and looks needs it: without S3 keys, nothing is started."""
+    chosen = load_site(Settings.site_name, keys=False)
+    activate(chosen)
+    return chosen
+
+
+def show_output(text: str) -> None:
+    """Part of a job's output; stdout is kept for the JSON document."""
+    stream = sys.stderr if Settings.json_output else sys.stdout
+    stream.write(text)
+    stream.flush()

@@ -6,14 +6,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from infra.site import Site
+from infra.site import Site, job_variables
 
 
 def connect(site: Site) -> None:
     """Connect this process to the site's cluster, once; workers find the site by its name."""
     if ray.is_initialized():
         return
-    runtime_env: dict[str, Any] = {"env_vars": site.worker_environment()}
+    # Ray refuses a variable that the submitted job's own runtime environment has set already.
+    variables = {name: value for name, value in site.worker_environment().items() if name not in job_variables()}
+    runtime_env: dict[str, Any] = {"env_vars": variables}
     try:
         ray.init(
             address=site.ray_address,

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from infra.site import Site
+from ray_jobs.job_parcel import COMMIT_FILE
 from ray_jobs.plan import TrainingPlan
 from shards.index import Index
 from tavlad.runlog import RUN_TAG, RunSpec
@@ -136,7 +137,10 @@ def spools(site: Site) -> Path:
 
 
 def git_commit() -> str:
-    """The commit this code is at, or "unknown" outside a checkout."""
+    """The commit this code is at, or "unknown" outside a checkout. A submitted job is told by a file."""
+    told = Path(__file__).with_name(COMMIT_FILE)
+    if told.is_file():
+        return told.read_text().strip()
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -206,8 +206,8 @@ def arrow_s3(access: S3Access) -> fs.S3FileSystem:
     """pyarrow's view of the server; paths in it start with the bucket."""
     endpoint = urlsplit(access.endpoint_url) if access.endpoint_url else None
     return fs.S3FileSystem(
-        access_key=access.access_key,
-        secret_key=access.secret_key,
+        access_key=access.access_key or None,
+        secret_key=access.secret_key or None,
         region=access.region,
         scheme=endpoint.scheme if endpoint else "https",
         endpoint_override=endpoint.netloc if endpoint else None,
@@ -240,8 +240,8 @@ def _client_of_process(access: S3Access, process: int) -> Any:
     return Session().client(
         "s3",
         endpoint_url=access.endpoint_url,
-        aws_access_key_id=access.access_key,
-        aws_secret_access_key=access.secret_key,
+        aws_access_key_id=access.access_key or None,
+        aws_secret_access_key=access.secret_key or None,
         region_name=access.region,
         config=config,
     )

@@ -47,6 +47,7 @@ class S3Access:
     endpoint_url: str | None
     """`http://HOST:PORT` of the server; None is Amazon's own."""
     access_key: str
+    """Empty, as the secret key: Amazon's client finds the keys of the machine's role by itself."""
     secret_key: str = field(repr=False)
     region: str = "us-east-1"
 

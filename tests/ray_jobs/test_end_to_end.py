@@ -247,7 +247,7 @@ def test_wrong_s3_key_is_refused_without_telling_the_secret(
         f'mlflow = "{local_site.mlflow_uri}"\n'
     )
     said = tavlad(
-        *("--site", str(site), "pack", str(real_videos / "videos"), "--name", "x"),
+        *("--site", str(site), "--here", "pack", str(real_videos / "videos"), "--name", "x"),
         TAVLAD_S3_ACCESS_KEY="wrong",
         TAVLAD_S3_SECRET_KEY="a-secret-that-is-wrong",
     )

@@ -1,0 +1,121 @@
+"""What is sent to a cluster for a verb: our code, the small files it names, its arguments, and a name for all that."""
+
+import hashlib
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.recipe import load_recipe
+
+SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "evaluate", "register", "reproduce"})
+"""The verbs that another site's cluster does as a job; all others are done where they are called."""
+_PACKAGES = ("tavlad", "shards", "ray_jobs", "infra")
+_INPUTS = ("recipe", "splits")
+"""Arguments whose local files travel with the job."""
+_MAX_INPUT_BYTES = 20_000_000
+_IDENTITY_DIGITS = 12
+COMMIT_FILE = "commit.txt"
+"""In a job's `ray_jobs`: the commit its code was at where it was submitted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parcel:
+    """A verb as a job."""
+
+    verb: str
+    arguments: tuple[str, ...]
+    """What follows the verb, with the files that travel named as the job finds them."""
+    inputs: Mapping[str, Path]
+    """Path in the job's working folder -> file of this machine."""
+    name: str
+    """Such as "tavlad-train-1a2b3c4d5e6f": the same for whatever does the same on the same bucket."""
+
+    def command(self, site_name: str, json_output: bool) -> str:
+        """The job's entrypoint."""
+        options = ["--site", site_name, *(["--json"] if json_output else [])]
+        return shlex.join(["python", "-m", "ray_jobs.cli", *options, self.verb, *self.arguments])
+
+
+def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], bucket: str) -> Parcel:
+    """The parcel of a verb called with these words, which mean these values.
+
+    Raises ValueError for a local path that the cluster would not find.
+    """
+    inputs: dict[str, Path] = {}
+    renamed: dict[str, str] = {}
+    identity = {name: value for name, value in values.items() if name not in ("recipe", "change", "dataset")}
+    for name, value in values.items():
+        if name in _INPUTS and value is not None and (given := Path(str(value))).exists():
+            files = _files(given)
+            identity[name] = _digest(files)
+            place = f"inputs/{name}/{given.name}"
+            inputs |= {f"{place}/{path}" if path else place: file for path, file in files.items()}
+            renamed[str(value)] = place
+        elif isinstance(value, Path) and not value.is_absolute():
+            raise ValueError(
+                f"{value} is on this machine, and {verb} is done by the cluster: give an absolute path that all its "
+                "nodes see"
+            )
+    if verb == "reproduce" and values.get("to") is None:
+        raise ValueError("reproduce is done by the cluster: give --to an absolute path that outlives the job")
+    if "recipe" in values:
+        recipe = load_recipe(values["recipe"], values["change"], values["dataset"])
+        identity["recipe"] = recipe.fingerprint(dataset=recipe.dataset)
+    else:
+        identity |= {name: values[name] for name in ("change", "dataset") if name in values}
+    text = json.dumps([verb, bucket, identity], sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_IDENTITY_DIGITS]
+    return Parcel(
+        verb=verb,
+        arguments=tuple(_renamed(word, renamed) for word in arguments),
+        inputs=inputs,
+        name=f"tavlad-{verb}-{digest}",
+    )
+
+
+def fill_working_folder(parcel: Parcel, folder: Path, commit: str) -> None:
+    """Writes what the job's working folder holds: our packages' sources and tables, and the inputs; nothing else."""
+    root = Path(__file__).parents[1]
+    for package in _PACKAGES:
+        for source in [*(root / package).glob("*.py"), *(root / package).glob("*.toml")]:
+            _copy(source, folder / package / source.name)
+    for tables in ("ray_jobs/recipes", "infra/sites"):
+        for source in (root / tables).glob("*.toml"):
+            _copy(source, folder / tables / source.name)
+    (folder / "ray_jobs" / COMMIT_FILE).write_text(commit)
+    for place, source in parcel.inputs.items():
+        _copy(source, folder / place)
+
+
+def _files(given: Path) -> dict[str, Path]:
+    """Path below `given` -> file; the path is empty for a file itself."""
+    if given.is_file():
+        found = {"": given}
+    else:
+        found = {path.relative_to(given).as_posix(): path for path in sorted(given.rglob("*")) if path.is_file()}
+    if sum(path.stat().st_size for path in found.values()) > _MAX_INPUT_BYTES:
+        raise ValueError(f"{given} is larger than {_MAX_INPUT_BYTES // 1_000_000} MB: it does not travel with a job")
+    return found
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape") + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _renamed(word: str, renamed: Mapping[str, str]) -> str:
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--") and value in renamed:
+        return f"{option}={renamed[value]}"
+    return renamed.get(word, word)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,125 @@
+"""Verbs as jobs: the same twice is one, ended is gone on with, followed, left, listed and stopped; on real Ray."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.site import Site
+from ray_jobs.job_parcel import fill_working_folder, make_parcel
+from tests.ray_jobs.test_end_to_end import tavlad
+from tests.ray_jobs.test_site_check import lab  # noqa: F401
+
+RECIPE = 'dataset = "mine"\n[stage1]\nepochs = 3\n'
+
+
+def parcel_of(recipe: Path, *words: str, **changes: Any):
+    values = {"recipe": str(recipe), "split": 1, "change": None, "dataset": None, "register": True} | changes
+    return make_parcel("train", [str(recipe), *words], values, "bucket")
+
+
+def test_name_of_a_job_follows_from_what_it_does(tmp_path: Path) -> None:
+    recipe, other = tmp_path / "a.toml", tmp_path / "b.toml"
+    recipe.write_text(RECIPE)
+    other.write_text("# the same\n" + RECIPE)
+    name = parcel_of(recipe).name
+    assert re.fullmatch(r"tavlad-train-[0-9a-f]{12}", name)
+    assert parcel_of(other).name == name, "neither the file's name nor its comments count"
+    assert parcel_of(recipe, change=["stage1.epochs=3", "resources.workers=4"]).name == name, "nor do resources"
+    assert parcel_of(recipe, change=["stage1.epochs=4"]).name != name
+    assert parcel_of(recipe, split=2).name != name
+    assert parcel_of(recipe, dataset="other").name != name
+
+
+def test_parcel_carries_our_code_and_the_inputs_and_no_junk(tmp_path: Path) -> None:
+    recipe = tmp_path / "a.toml"
+    recipe.write_text(RECIPE)
+    parcel = parcel_of(recipe, "--split", "1")
+    assert parcel.arguments == ("inputs/recipe/a.toml", "--split", "1")
+    fill_working_folder(parcel, tmp_path / "to", "commit")
+    files = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*") if path.is_file()}
+    assert {"tavlad/model.py", "ray_jobs/cli.py", "ray_jobs/recipes/ta-vlad.toml", "inputs/recipe/a.toml"} <= files
+    assert not [name for name in files if not name.endswith((".py", ".toml", "commit.txt"))]
+    assert (tmp_path / "to" / "inputs" / "recipe" / "a.toml").read_text() == RECIPE
+
+
+def test_path_that_only_this_machine_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="videos is on this machine, .* absolute path that all its nodes see"):
+        make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
+
+
+@pytest.mark.slow
+def test_verb_is_a_job_that_ends_as_the_verb_does(
+    local_site: Site,
+    lab: Path,  # noqa: F811
+    shared_data: Path,
+) -> None:
+    videos = shared_data / "weizmann" / "videos"
+    command = ["--json", "--site", str(lab), "pack", str(videos), "--name", "job", "--num-frames", "2"]
+    said = tavlad(*command, "--short-side", "32")
+    document = said.document
+    assert document["clips"] == 90
+    (job,) = re.findall(r"submitted (tavlad-pack-[0-9a-f]{12}-1) to", said.err)
+    assert "videos packed" in said.err, "the job's progress is followed"
+
+    listed = tavlad("--json", "--site", str(lab), "jobs").document["jobs"]
+    assert {"id": job, "state": "succeeded", "verb": "pack"} in listed
+    assert tavlad("--json", "--site", str(lab), "logs", job).document == document
+
+    wrong = tavlad("--site", str(lab), "evaluate", "no-such-model", "--dataset", "job")
+    assert wrong.code == 2
+    assert "error: " in wrong.out
+    assert "no-such-model" in wrong.out
+    unknown = tavlad("--site", str(lab), "logs", "tavlad-pack-000000000000-1")
+    assert unknown.code == 2
+    assert "knows no such job" in unknown.err
+
+
+@pytest.mark.slow
+def test_second_submission_joins_and_ctrl_c_leaves_the_job(
+    local_site: Site,
+    lab: Path,  # noqa: F811
+    shared_data: Path,
+) -> None:
+    site = ["--site", str(lab)]
+    command = ["pack", str(shared_data / "ut_interaction" / "videos"), "--name", "long"]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert first.stdout is not None
+    line = first.stdout.readline()
+    (job,) = re.findall(r"submitted (\S+) to", line)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert second.stdout is not None
+    assert second.stdout.readline() == f"{job} runs already: joined\n"
+    for process in (first, second):
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert f"{job} goes on; " in out
+
+    stopped = json.loads(tavlad("--json", *site, "stop", job).out.splitlines()[-1])
+    assert stopped["job"] == job
+    deadline = time.monotonic() + 60
+    while True:
+        states = {each["id"]: each["state"] for each in tavlad("--json", *site, "jobs").document["jobs"]}
+        if states[job] in ("stopped", "succeeded"):
+            break
+        assert time.monotonic() < deadline
+    again = tavlad(*site, *command)
+    assert again.code == 0
+    assert f"submitted {job.rpartition('-')[0]}-2 to" in again.out
