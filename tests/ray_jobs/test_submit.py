@@ -50,7 +50,7 @@ def test_parcel_carries_our_code_and_the_inputs_and_no_junk(tmp_path: Path) -> N
 
 
 def test_path_that_only_this_machine_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="videos is on this machine, .* absolute path that all its nodes see"):
+    with pytest.raises(ValueError, match=r"videos is on this machine, .* absolute path that all its nodes see"):
         make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
 
 
