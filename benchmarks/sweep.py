@@ -5,8 +5,8 @@ python benchmarks/sweep.py ../shared/data/weizmann [--epochs 10] [--seeds 0 1 2]
 Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. The sweeps are `tavlad tune` on a site of their own:
 the first one's time includes codebooks and filling; ASHA's gets a site of its own too, so that it fills again. The 27
 runs from frames are not run: their seconds are computed from an epoch of the smallest and one of the largest model,
-each measured here after one that warms up, through the same loop, in one process with all cores; between them by the GRU's
-multiplications, K U (512 + U). Both are wall seconds of the same machine in one run, but
+each measured here after one that warms up, through the same loop, in one process with all cores; between them by the
+GRU's multiplications, K U (512 + U). Both are wall seconds of the same machine in one run, but
 one after the other: a machine that others use meanwhile distorts the ratios.
 """
 
