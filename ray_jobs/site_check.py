@@ -59,7 +59,8 @@ def _check_ray(site: Site, resources: ResourceConfig | None, ours: Versions) -> 
     try:
         client = jobs_of(site)
         client.list_jobs()  # needs the token, where there is one
-        nodes = [node for node in list_nodes(address=site.ray_dashboard, detail=True) if node.state == "ALIVE"]
+        listed: list[Any] = list_nodes(address=site.ray_dashboard, detail=True)
+        nodes = [node for node in listed if node.state == "ALIVE"]
     except (ValueError, RuntimeError, RayStateApiException) as error:
         remedy = (
             str(error)

@@ -50,7 +50,7 @@ def test_parcel_carries_our_code_and_the_inputs_and_no_junk(tmp_path: Path) -> N
 
 
 def test_path_that_only_this_machine_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="videos is on this machine, .* absolute path that all its nodes see"):
+    with pytest.raises(ValueError, match=r"videos is on this machine, .* absolute path that all its nodes see"):
         make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
 
 
@@ -81,6 +81,11 @@ def test_verb_is_a_job_that_ends_as_the_verb_does(
     assert "knows no such job" in unknown.err
 
 
+def started(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.mark.slow
 def test_second_submission_joins_and_ctrl_c_leaves_the_job(
     local_site: Site,
@@ -89,21 +94,11 @@ def test_second_submission_joins_and_ctrl_c_leaves_the_job(
 ) -> None:
     site = ["--site", str(lab)]
     command = ["pack", str(shared_data / "ut_interaction" / "videos"), "--name", "long"]
-    first = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    first = started(*site, *command)
     assert first.stdout is not None
     line = first.stdout.readline()
     (job,) = re.findall(r"submitted (\S+) to", line)
-    second = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    second = started(*site, *command)
     assert second.stdout is not None
     assert second.stdout.readline() == f"{job} runs already: joined\n"
     for process in (first, second):
