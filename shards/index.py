@@ -236,6 +236,6 @@ def read_table(store: Store, path: str) -> tuple[pa.Table, dict[str, Any]]:
         described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
     except (pa.ArrowException, OSError, ValueError) as error:  # Arrow raises each of them for damaged files
         raise ValueError(
-            f"{store.uri}/{path} is not a Parquet file of ours: repair the set with its tavlad pack command and --repair"
+            f"{store.uri}/{path} is not a Parquet file: repair the set with its tavlad pack command and --repair"
         ) from error
     return table, described if isinstance(described, dict) else {}
