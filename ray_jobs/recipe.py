@@ -85,7 +85,7 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
     path = _find(name)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for change in changes or []:
         _apply(values, change)

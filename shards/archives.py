@@ -1,10 +1,12 @@
 """Archives as data sets are published: zip, tar, and rar by a program of the system; nothing leaves its folder."""
 
+import lzma
 import shutil
 import stat
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +16,15 @@ _ZIP = b"PK\x03\x04"
 _SUFFIXES = (".rar", ".zip", ".tar", ".tgz", ".gz")
 _INSTALL = "install one of unrar, 7zip (7zz, 7z) or bsdtar, such as by `apt-get install libarchive-tools`"
 _LINES = 3
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +60,9 @@ def unpack(archive: Path, folder: Path) -> None:
     `folder`. Raises ValueError naming the archive and the member, or the program that a rar archive needs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kind = _kind(archive)
     try:
-        {"zip": _unpack_zip, "tar": _unpack_tar, "rar": _unpack_rar}[kind](archive, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, RuntimeError) as error:
+        {"zip": _unpack_zip, "tar": _unpack_tar, "rar": _unpack_rar}[_kind(archive)](archive, folder)
+    except _DAMAGED as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}): it is damaged or cut off; fetch it again") from error
     except OSError as error:
         raise ValueError(f"{archive} cannot be unpacked into {folder}: {error.strerror or error}") from error

@@ -44,6 +44,8 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+_DESCRIBED = {"name": str, "actions": list, "num_frames": int, "packing": dict, "plan": str, "fingerprint": str}
+"""What the metadata of index.parquet says besides the format."""
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
 
 
@@ -199,6 +201,13 @@ def load_index(store: Store) -> Index:
     if described.get("format") != FORMAT:
         found = described.get("format", "unknown")
         raise ValueError(f"{store.uri}/{INDEX_PATH} has format {found}, not {FORMAT}: pack the set again")
+    lacking = [name for name, kind in _DESCRIBED.items() if not isinstance(described.get(name), kind)]
+    lacking += [field.name for field in SCHEMA if field not in table.schema]
+    if lacking:
+        raise ValueError(
+            f"{store.uri}/{INDEX_PATH} lacks {', '.join(lacking)}: repair the set with its tavlad pack command and "
+            "--repair"
+        )
     return Index(
         name=described["name"],
         actions=tuple(described["actions"]),
@@ -220,10 +229,13 @@ def table_bytes(table: pa.Table, described: Mapping[str, object]) -> bytes:
 
 def read_table(store: Store, path: str) -> tuple[pa.Table, dict[str, Any]]:
     """A table written by `table_bytes`, and what it says of itself."""
+    content = store.read(path)
     try:
-        table = pq.read_table(pa.BufferReader(store.read(path)))
-    except pa.ArrowException as error:
+        table = pq.read_table(pa.BufferReader(content))
+        table.validate(full=True)
+        described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:  # Arrow raises each of them for damaged files
         raise ValueError(
             f"{store.uri}/{path} is not a Parquet file: repair the set with its tavlad pack command and --repair"
         ) from error
-    return table, json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    return table, described if isinstance(described, dict) else {}

@@ -222,3 +222,45 @@ def test_nodes_cache_lies_where_the_node_says_else_beside_the_embedded_site(
     assert site.cache_folder(elsewhere) == tmp_path / "fast disk"
     assert "TAVLAD_CACHE" not in elsewhere.worker_environment()  # each node has its own
     assert replace(elsewhere, state=tmp_path).worker_environment()["TAVLAD_CACHE"] == str(tmp_path / "fast disk")
+
+
+def test_keys_come_from_a_private_file(lab: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text("file-access\nfile-secret\n")
+    lab.write_text(SITE + f's3_keys = "{keys}"\n')
+    found = load_site(str(lab))
+    assert (found.s3.access_key, found.s3.secret_key) == ("file-access", "file-secret")
+    environment = found.worker_environment()
+    assert environment["TAVLAD_S3_KEYS"] == str(keys), "a worker reads the file itself"
+    assert "file-secret" not in str(environment)
+    keys.chmod(0o644)
+    with pytest.raises(SiteError, match="everybody can read it: chmod 600"):
+        load_site(str(lab))
+    keys.chmod(0o600)
+    keys.write_text("one-line-that-is-secret\n")
+    with pytest.raises(SiteError, match="must hold two lines, .* and has 1") as caught:
+        load_site(str(lab))
+    assert "one-line-that-is-secret" not in str(caught.value)
+
+
+def test_role_and_submission_need_no_keys(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TAVLAD_S3_ACCESS_KEY")
+    monkeypatch.delenv("TAVLAD_S3_SECRET_KEY")
+    assert load_site(str(lab), keys=False).s3.secret_key == ""
+    lab.write_text(SITE + 's3_keys = "role"\n')
+    assert load_site(str(lab)).s3.access_key == ""
+
+
+def test_job_knows_what_its_runtime_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not site.is_in_job()
+    assert site.job_variables() == set()
+    job = {"runtime_env": {"env_vars": {"TAVLAD_BUCKET": "b"}}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert site.is_in_job()
+    assert site.job_variables() == {"TAVLAD_BUCKET"}
+
+
+def test_ray_address_auto_is_left_to_ray(lab: Path) -> None:
+    lab.write_text(SITE.replace("head:6379", "auto"))
+    assert "RAY_ADDRESS" not in load_site(str(lab)).ray_environment()

@@ -81,6 +81,11 @@ def test_verb_is_a_job_that_ends_as_the_verb_does(
     assert "knows no such job" in unknown.err
 
 
+def started(*arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.mark.slow
 def test_second_submission_joins_and_ctrl_c_leaves_the_job(
     local_site: Site,
@@ -89,21 +94,11 @@ def test_second_submission_joins_and_ctrl_c_leaves_the_job(
 ) -> None:
     site = ["--site", str(lab)]
     command = ["pack", str(shared_data / "ut_interaction" / "videos"), "--name", "long"]
-    first = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    first = started(*site, *command)
     assert first.stdout is not None
     line = first.stdout.readline()
     (job,) = re.findall(r"submitted (\S+) to", line)
-    second = subprocess.Popen(
-        [sys.executable, "-m", "ray_jobs.cli", *site, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    second = started(*site, *command)
     assert second.stdout is not None
     assert second.stdout.readline() == f"{job} runs already: joined\n"
     for process in (first, second):
