@@ -2,11 +2,10 @@
 
 python benchmarks/sweep.py ../shared/data/weizmann [--epochs 10] [--seeds 0 1 2] [--trunk resnet34] [--crop 224]
 
-Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. The sweeps are `tavlad tune` on a site of their own:
-the first one's time includes codebooks and filling; ASHA's gets a site of its own too, so that it fills again. The 27
-runs from frames are not run: their seconds are computed from an epoch of the smallest and one of the largest model,
-each measured here after one that warms up, through the same loop, in one process with all cores; between them by the
-GRU's multiplications, K U (512 + U). Both are wall seconds of the same machine in one run, but
+Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. Each sweep is `tavlad tune` on a site of its own, so
+its time includes codebooks and filling. The 27 runs from frames are not run: their seconds are computed from an epoch
+of the smallest and one of the largest model, each measured here after one that warms up, through the same loop, in one
+process with all cores; between them by the GRU's multiplications, K U (512 + U). All are wall seconds of one machine,
 one after the other: a machine that others use meanwhile distorts the ratios.
 """
 

@@ -54,7 +54,7 @@ def read_uri(site: Site, uri: str) -> bytes:
     return open_store(folder, site.s3).read(name)
 
 
-def _digest_of_weights(site: Site, recipe: Recipe) -> str:
+def digest_of_weights(site: Site, recipe: Recipe) -> str:
     """What a file of trunk weights holds: a file that changed under its name makes another training."""
     source = recipe.model.weights
     return source if source in ("imagenet", "none") else hashlib.sha256(read_uri(site, source)).hexdigest()
@@ -97,7 +97,7 @@ def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan,
     if recipe.stage1.epochs + recipe.stage2.epochs == 0:
         raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
     fingerprint = recipe.fingerprint(
-        set=index.fingerprint, split=split, weights=_digest_of_weights(site, recipe), format=_RESULT_FORMAT
+        set=index.fingerprint, split=split, weights=digest_of_weights(site, recipe), format=_RESULT_FORMAT
     )
     name = f"{index.name}-split{split}-{recipe.model.variant}-{fingerprint[:10]}"
     plan = TrainingPlan(

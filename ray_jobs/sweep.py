@@ -25,6 +25,7 @@ from ray_jobs.space import Changes, Dimension, changed
 from shards.held_out import held_out
 from shards.index import Index
 from shards.store import Store, open_store
+from tavlad.config import STAGE2, StageConfig
 from tavlad.metrics import Scores
 
 Search = Literal["random", "grid", "optuna"]
@@ -79,12 +80,17 @@ class SweepPlan:
     """What is trained at the end, before any field is changed."""
     dimensions: tuple[Dimension, ...]
     options: SweepOptions
+    weights: str
+    """What the trunk's weights are: a file that changed under its name makes another sweep."""
 
     @cached_property
     def name(self) -> str:
         """Such as "demo-split1-sweep-1a2b3c4d5e"; more trials or finalists are more of the same sweep."""
         facts = {
-            "training": self.training.name,
+            "trial": self.trial_recipe({}).fingerprint(),
+            "set": self.training.dataset_fingerprint,
+            "split": self.training.split,
+            "weights": self.weights,
             "space": [repr(each) for each in self.dimensions],
             "search": self.options.search,
             "scheduler": self.options.scheduler,
@@ -105,13 +111,12 @@ class SweepPlan:
 
     def trial_recipe(self, changes: Changes) -> Recipe:
         """The recipe of a trial: stage 1 alone, scored after every epoch."""
-        return change_recipe(self.recipe(changes), {"training": {"evaluate_every": 1}, "stage2": {"epochs": 0}})
+        recipe = change_recipe(self.recipe(changes), {"training": {"evaluate_every": 1}})
+        return dataclasses.replace(recipe, stage2=StageConfig(epochs=0, lr=STAGE2.lr))
 
     def trial_id(self, changes: Changes) -> str:
         """The fingerprint of what a trial computes."""
-        return self.trial_recipe(changes).fingerprint(
-            sweep=self.name, set=self.training.dataset_fingerprint, split=self.training.split
-        )[:16]
+        return self.trial_recipe(changes).fingerprint(sweep=self.name)[:16]
 
     def held_out(self, index: Index) -> Index:
         """The set as trials see it."""

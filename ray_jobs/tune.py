@@ -20,7 +20,7 @@ from ray_jobs.cluster import connect, result_of
 from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
 from ray_jobs.features import feature_set, fill_views
-from ray_jobs.plan import open_set, plan_training
+from ray_jobs.plan import digest_of_weights, open_set, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
 from ray_jobs.space import Changes, Dimension, extremes
@@ -105,7 +105,8 @@ def tune_recipe(
     Started again it goes on where it was. Raises ValueError before any trial for a space that cannot be searched.
     """
     training, index = plan_training(site, recipe, split)
-    plan = SweepPlan(training=training, dimensions=dimensions, options=options)
+    weights = digest_of_weights(site, recipe)
+    plan = SweepPlan(training=training, dimensions=dimensions, options=options, weights=weights)
     if plan.options.search == "optuna":
         require_optuna()
     known = known_configurations(plan)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from sklearn.ensemble import RandomForestRegressor
@@ -105,7 +106,7 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
     return places.tolist(), [(place, f"{number:.3g}") for place, number in few]
 
 
-def _numbers(values: Sequence[Any]) -> "np.ndarray[Any, Any]":
+def _numbers(values: Sequence[Any]) -> Float[np.ndarray, " trials"]:
     """Values as a forest takes them: their rank, which is a matter neither of scale nor of type."""
     try:
         distinct = sorted(set(values))

@@ -85,7 +85,7 @@ def _plan(search: Any = "random", trials: int | None = 8, scheduler: Any = "asha
         uri="run",
     )
     options = SweepOptions(search=search, trials=trials, scheduler=scheduler)
-    return SweepPlan(training=training, dimensions=load_space(None, recipe), options=options)
+    return SweepPlan(training=training, dimensions=load_space(None, recipe), options=options, weights="w")
 
 
 def test_more_trials_are_the_same_and_some_more() -> None:
@@ -111,6 +111,7 @@ def test_space_smaller_than_the_trials_is_refused() -> None:
         training=_plan().training,
         dimensions=(Choice(field="model.gru_width", values=(1, 2)),),
         options=SweepOptions(trials=3),
+        weights="w",
     )
     with pytest.raises(ValueError, match="only about 2 different configurations"):
         known_configurations(plan)
@@ -127,6 +128,8 @@ def test_trial_is_stage_1_of_the_recipe_it_changes() -> None:
     trial = plan.trial_recipe({"stage1.lr": 0.002})
     assert (trial.stage1.lr, trial.stage2.epochs, trial.training.evaluate_every) == (0.002, 0, 1)
     assert plan.recipe({"stage1.lr": 0.002}).stage2 == RECIPE.stage2
+    assert _plan(**{"stage2.lr": 0.5}).name == plan.name, "trials know nothing of stage 2"
+    assert _plan(**{"stage1.decay_every": 2}).name != plan.name
 
 
 @pytest.mark.parametrize(
