@@ -85,10 +85,12 @@ def require_optuna() -> None:
 def optuna_search(plan: SweepPlan, over: Sequence[Trial]) -> Searcher:
     """TPE that knows the trials that are over."""
     require_optuna()
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        domains(plan.dimensions),
+        OptunaSearch.convert_search_space(domains(plan.dimensions)),
         metric=SCORE_NAME,
         mode="max",
         seed=plan.seed + len(over),

@@ -10,7 +10,7 @@ from ray_jobs.plan import TrainingPlan
 from ray_jobs.recipe import load_recipe
 from ray_jobs.space import Choice, Range, changed, grid, load_space, parse_space
 from ray_jobs.sweep import SweepOptions, SweepPlan, Trial, ranked, selection_score
-from ray_jobs.sweep_search import domains, known_configurations, make_scheduler
+from ray_jobs.sweep_search import domains, known_configurations, make_scheduler, optuna_search
 from tavlad.codebook import require_descriptors
 from tavlad.config import CodebookConfig, ModelConfig
 from tavlad.metrics import Scores
@@ -190,3 +190,25 @@ def test_trials_of_an_earlier_process_still_count_in_early_stopping() -> None:
     assert _decision([], 0.2) == "CONTINUE"
     assert _decision(over, 0.2) == "STOP"
     assert _decision(over, 0.7) == "CONTINUE"
+
+
+def test_optuna_goes_on_from_the_trials_that_are_over() -> None:
+    """Told that wide GRUs are good, TPE suggests them; told nothing, it draws."""
+    pytest.importorskip("optuna")
+    dimensions = (Range(field="model.gru_width", low=1, high=1000, whole=True),)
+    plan = SweepPlan(
+        training=_plan().training, dimensions=dimensions, options=SweepOptions(search="optuna", trials=60), weights="w"
+    )
+    assert known_configurations(plan) is None
+    over = [
+        Trial(
+            id=str(width),
+            changes={"model.gru_width": width},
+            state="finished",
+            rows=[{"epoch": 1, "held_out/score": width / 1000}],
+        )
+        for width in range(10, 1000, 20)
+    ]
+    search: Any = optuna_search(plan, over)
+    suggested = [search.suggest(f"new{number}")["model.gru_width"] for number in range(9)]
+    assert sorted(suggested)[4] > 700
