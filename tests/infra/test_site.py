@@ -226,7 +226,7 @@ def test_keys_come_from_a_private_file(lab: Path, tmp_path: Path) -> None:
         load_site(str(lab))
     keys.chmod(0o600)
     keys.write_text("one-line-that-is-secret\n")
-    with pytest.raises(SiteError, match="must hold two lines, .* and has 1") as caught:
+    with pytest.raises(SiteError, match=r"must hold two lines, .* and has 1") as caught:
         load_site(str(lab))
     assert "one-line-that-is-secret" not in str(caught.value)
 
