@@ -41,6 +41,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of
 
 @app.callback()
 def settings(
+    context: typer.Context,
     site: Annotated[
         str | None, typer.Option(help="Where to run: local, a site's name or its TOML file (else TAVLAD_SITE).")
     ] = None,
@@ -52,6 +53,7 @@ def settings(
     """Options of every verb."""
     Settings.site_name = site or default_site()
     Settings.is_driver = here
+    Settings.context = context
     Settings.json_output = json
 
 

@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Collection
+from typing import Any, cast
 
-import click
 import typer
 
 from infra.site import Site, activate, is_in_job, load_site
@@ -22,6 +22,8 @@ class Settings:
     """Whether this process does the verb itself on another site too, instead of submitting it as a job."""
     words: tuple[str, ...] = ()
     """The command line, without the program."""
+    context: typer.Context | None = None
+    """Of the program; its `invoked_subcommand` is the verb."""
 
 
 def console() -> Console:
@@ -53,13 +55,15 @@ def hand_over() -> None:
     """
     from ray_jobs.job_parcel import SUBMITTED, make_parcel
 
-    context = click.get_current_context()
-    verb = str(context.info_name)
+    context = Settings.context
+    verb = "" if context is None else str(context.invoked_subcommand)
     if Settings.site_name == "local" or Settings.is_driver or verb not in SUBMITTED or is_in_job():
         return
+    assert context is not None
     chosen = remote_site()
-    words = Settings.words[Settings.words.index(verb) + 1 :]
-    parcel = make_parcel(verb, words, context.params, chosen.bucket)
+    words = list(Settings.words[Settings.words.index(verb) + 1 :])
+    values = cast(Any, context.command).commands[verb].make_context(verb, list(words), parent=context).params
+    parcel = make_parcel(verb, words, values, chosen.bucket)
     from ray_jobs.submit import follow, submit
 
     job = submit(chosen, parcel, console(), json_output=Settings.json_output)
