@@ -13,7 +13,7 @@ import pytest
 
 from infra.site import Site
 from ray_jobs.job_parcel import fill_working_folder, make_parcel
-from tests.ray_jobs.test_end_to_end import tavlad
+from tests.ray_jobs.test_end_to_end import real_videos, tavlad  # noqa: F401
 from tests.ray_jobs.test_site_check import lab  # noqa: F401
 
 RECIPE = 'dataset = "mine"\n[stage1]\nepochs = 3\n'
@@ -58,13 +58,13 @@ def test_path_that_only_this_machine_has_is_refused() -> None:
 def test_verb_is_a_job_that_ends_as_the_verb_does(
     local_site: Site,
     lab: Path,  # noqa: F811
-    shared_data: Path,
+    real_videos: Path,  # noqa: F811
 ) -> None:
-    videos = shared_data / "weizmann" / "videos"
+    videos = real_videos / "videos"
     command = ["--json", "--site", str(lab), "pack", str(videos), "--name", "job", "--num-frames", "2"]
     said = tavlad(*command, "--short-side", "32")
     document = said.document
-    assert document["clips"] == 90
+    assert document["clips"] == 27
     (job,) = re.findall(r"submitted (tavlad-pack-[0-9a-f]{12}-1) to", said.err)
     assert "videos packed" in said.err, "the job's progress is followed"
 
@@ -93,7 +93,7 @@ def test_second_submission_joins_and_ctrl_c_leaves_the_job(
     shared_data: Path,
 ) -> None:
     site = ["--site", str(lab)]
-    command = ["pack", str(shared_data / "ut_interaction" / "videos"), "--name", "long"]
+    command = ["pack", str(shared_data / "weizmann" / "videos"), "--name", "long", "--num-frames", "4"]
     first = started(*site, *command)
     assert first.stdout is not None
     line = first.stdout.readline()
