@@ -14,6 +14,7 @@ _RESTART = re.compile(rb"\xff[\xd0-\xd7]")  # inside the data any other 0xff byt
 _MARKS = [bytes((0xFF, 0xD0 + number)) for number in range(8)]
 _END = b"\xff\xd9"
 _MARGIN = 2  # pixels: smooth colour upsampling looks at its neighbours
+_LEAST_WIDTH = 8  # pixels
 _SEGMENTS_A_ROW = 8
 _BASELINE, _RESTART_INTERVAL, _START_OF_SCAN = 0xC0, 0xDD, 0xDA
 _NO_FRAME_HEADERS = (0xC4, 0xC8, 0xCC)
@@ -83,7 +84,9 @@ class JpegCrop:
         tall, wide = header.block_height, header.segment_width
         rows, columns = _rounded_up(header.height, tall), _rounded_up(header.width, wide)
         rows_kept = range(max(0, top - _MARGIN) // tall, min(rows, _rounded_up(top + height + _MARGIN, tall)))
-        columns_kept = range(max(0, left - _MARGIN) // wide, min(columns, _rounded_up(left + width + _MARGIN, wide)))
+        # The left edge also keeps away from the image's right one: libjpeg colours a very narrow image less smoothly.
+        first = max(0, min(left - _MARGIN, header.width - _LEAST_WIDTH)) // wide
+        columns_kept = range(first, min(columns, _rounded_up(left + width + _MARGIN, wide)))
         self._num_segments = rows * columns
         self._kept = [slice(row * columns + columns_kept[0], row * columns + columns_kept[-1] + 1) for row in rows_kept]
         num_kept = len(rows_kept) * len(columns_kept)

@@ -165,18 +165,17 @@ def crop_clip(
     layout = torch.channels_last if is_last else torch.contiguous_format
     shape = (num_frames, channels, size, size)
     out = torch.empty(shape, dtype=torch.uint8, device=frames_TCHW.device, memory_format=layout)
-    resize_window(frames_TCHW, window_of(view, height, width, size), out)
+    top, left, tall, wide, flip = window_of(view, height, width, size)
+    resize_into(frames_TCHW[..., top : top + tall, left : left + wide], flip, out)
     return out
 
 
-def resize_window(frames_TCHW: UInt8[Tensor, "T C H W"], window: Window, out_TCSS: UInt8[Tensor, "T C S S"]) -> None:
-    """Writes the window of every frame, resized as `crop_clip` does it."""
-    top, left, height, width, flip = window
+def resize_into(frames_TCHW: UInt8[Tensor, "T C H W"], flip: bool, out_TCSS: UInt8[Tensor, "T C S S"]) -> None:
+    """Writes every frame, resized as `crop_clip` does it, and mirrored if it is to be flipped."""
     size = out_TCSS.shape[-1]
-    window_TCHW = frames_TCHW[..., top : top + height, left : left + width]
-    if (height, width) == (size, size):
-        out_TCSS.copy_(window_TCHW.flip(-1) if flip else window_TCHW)
+    if frames_TCHW.shape[-2:] == (size, size):
+        out_TCSS.copy_(frames_TCHW.flip(-1) if flip else frames_TCHW)
     elif flip:
-        out_TCSS.copy_(F.interpolate(window_TCHW, size=(size, size), mode="bilinear", antialias=True).flip(-1))
+        out_TCSS.copy_(F.interpolate(frames_TCHW, size=(size, size), mode="bilinear", antialias=True).flip(-1))
     else:  # what F.interpolate calls, with a place for the result: a twentieth of reading a clip
-        torch.ops.aten._upsample_bilinear2d_aa.out(window_TCHW, (size, size), False, None, None, out=out_TCSS)
+        torch.ops.aten._upsample_bilinear2d_aa.out(frames_TCHW, (size, size), False, None, None, out=out_TCSS)

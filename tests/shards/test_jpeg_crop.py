@@ -31,6 +31,16 @@ def test_cropped_jpeg_has_the_pixels_of_the_whole_one(height: int, width: int, d
     assert torch.equal(part[:, y : y + tall, x : x + wide], whole[:, top : top + tall, left : left + wide])
 
 
+@pytest.mark.parametrize("width", range(14, 40))
+def test_narrow_strip_at_the_right_edge_keeps_its_colours(width: int) -> None:
+    jpeg = encode_jpeg(picture(20, width), 90)
+    whole = decode_jpeg(jpeg)
+    for left in range(width):
+        crop = JpegCrop(JpegHeader.of(jpeg), 0, left, 1, width - left)
+        part = decode_jpeg(crop.crop(jpeg))
+        assert torch.equal(part[:, 0, left - crop.left :], whole[:, 0, left:]), left
+
+
 def test_small_crop_leaves_most_of_the_data_out() -> None:
     jpeg = encode_jpeg(picture(256, 340), 90)
     crop = JpegCrop(JpegHeader.of(jpeg), 44, 86, 168, 168)
