@@ -2,8 +2,8 @@
 /tmp/ray and /tmp/tavlad, joined by a cable each to one switch.
 
 A host is a set of Linux namespaces around a first process. They end with that process, and it ends when whoever made
-the host lets go of its stdin, be it by dying: nothing is left, whatever happens. Nothing of the machine's own network is
-touched or reachable, so servers in here are open to nobody else. Needs root, iproute2 and util-linux.
+the host lets go of its stdin, be it by dying: nothing is left, whatever happens. Nothing of the machine's own network
+is touched or reachable, so servers in here are open to nobody else. Needs root, iproute2 and util-linux.
 """
 
 import contextlib
