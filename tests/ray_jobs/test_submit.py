@@ -1,11 +1,13 @@
 """Verbs as jobs: the same twice is one, ended is gone on with, followed, left, listed and stopped; on real Ray."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,22 @@ def test_verb_is_a_job_that_ends_as_the_verb_does(
     assert "knows no such job" in unknown.err
 
 
-def started(*arguments: str) -> "subprocess.Popen[str]":
+@contextlib.contextmanager
+def started(*arguments: str) -> Generator["subprocess.Popen[str]"]:
+    """A verb that goes on until the block ends."""
     command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    """The first line, and all that follows if it is an error."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    return line if "error: " not in line and line else line + process.stdout.read()
 
 
 @pytest.mark.slow
@@ -94,18 +109,18 @@ def test_second_submission_joins_and_ctrl_c_leaves_the_job(
 ) -> None:
     site = ["--site", str(lab)]
     command = ["pack", str(shared_data / "weizmann" / "videos"), "--name", "long", "--num-frames", "4"]
-    first = started(*site, *command)
-    assert first.stdout is not None
-    line = first.stdout.readline()
-    (job,) = re.findall(r"submitted (\S+) to", line)
-    second = started(*site, *command)
-    assert second.stdout is not None
-    assert second.stdout.readline() == f"{job} runs already: joined\n"
-    for process in (first, second):
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert f"{job} goes on; " in out
+    with started(*site, *command) as first:
+        line = said(first)
+        found = re.fullmatch(r"submitted (\S+) to \S+\n", line)
+        assert found, line
+        job = found[1]
+        with started(*site, *command) as second:
+            assert said(second) == f"{job} runs already: joined\n"
+            for process in (first, second):
+                process.send_signal(signal.SIGINT)
+                out, _ = process.communicate(timeout=60)
+                assert process.returncode == 130
+                assert f"{job} goes on; " in out
 
     stopped = json.loads(tavlad("--json", *site, "stop", job).out.splitlines()[-1])
     assert stopped["job"] == job
