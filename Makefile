@@ -22,7 +22,7 @@ chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing
 	@$(BIN)/python -m pytest -m chaos
 
 fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
-	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py
+	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py tests/test_fuzz_serve.py
 
 fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
 	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py

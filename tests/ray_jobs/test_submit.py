@@ -56,6 +56,23 @@ def test_path_that_only_this_machine_has_is_refused() -> None:
         make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
 
 
+def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Path) -> None:
+    recipe, space = tmp_path / "a.toml", tmp_path / "space.toml"
+    recipe.write_text(RECIPE)
+
+    def parcel(at_once: int | None, lr: str):
+        space.write_text(f"[stage1]\nlr = [{lr}]\n")
+        words = [str(recipe), "--space", str(space)]
+        values = {"recipe": str(recipe), "split": 1, "change": None, "dataset": None, "space": space}
+        return make_parcel("tune", words, values | {"trials": 8, "at_once": at_once}, "bucket")
+
+    sweep = parcel(None, "0.1, 0.01")
+    assert sweep.arguments == ("inputs/recipe/a.toml", "--space", "inputs/space/space.toml")
+    assert sweep.inputs["inputs/space/space.toml"] == space
+    assert parcel(2, "0.1, 0.01").name == sweep.name
+    assert parcel(None, "0.1, 0.02").name != sweep.name
+
+
 @pytest.mark.slow
 def test_verb_is_a_job_that_ends_as_the_verb_does(
     local_site: Site,
