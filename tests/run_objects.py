@@ -68,6 +68,16 @@ def nodes() -> list[str]:
     return [row["node_ip"] for row in rows if row["state"] == "ALIVE"]
 
 
+def hosts_of_ranks() -> list[str]:
+    """Addresses of the nodes on which ranks of trainings have been."""
+    url = f"{_SITE.ray_dashboard}/api/v0/actors?limit=10000&detail=1"
+    actors = json.loads(_get(url))["data"]["result"]["result"]
+    nodes = json.loads(_get(f"{_SITE.ray_dashboard}/api/v0/nodes"))["data"]["result"]["result"]
+    addresses = {row["node_id"]: row["node_ip"] for row in nodes}
+    ranks = [actor for actor in actors if "TrainWorker" in actor["class_name"]]
+    return sorted({addresses.get(actor["node_id"], actor["node_id"]) for actor in ranks})
+
+
 def runs() -> list[str]:
     """Names of the trainings that have left anything."""
     return sorted({path.split("/")[0] for path in _runs().list()})
@@ -111,6 +121,7 @@ _QUESTIONS: dict[str, Any] = {
     "make-bucket": make_bucket,
     "wait-for": wait_for,
     "nodes": nodes,
+    "hosts-of-ranks": hosts_of_ranks,
     "runs": runs,
     "checkpoints": checkpoints,
     "wait-for-checkpoint": wait_for_checkpoint,
