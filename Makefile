@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos fuzz fresh-model screenshots check format install lock clean help
+.PHONY: demo test test-fast chaos fuzz rehearsal fresh-model screenshots check format install lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing
 
 fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
 	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py tests/test_fuzz_serve.py
+
+rehearsal: $(INSTALLED)  ## a site of four hosts on this machine, one of which dies in mid-training; as root
+	@$(BIN)/python -m tests.rehearsal
 
 fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
 	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import ray
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]
 
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 

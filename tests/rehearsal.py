@@ -2,7 +2,7 @@
 
 Four hosts (a desk, a store, a Ray head, a worker; see tests/host_cluster.py) come up from nothing. From the desk the
 site is checked, videos are packed, a sweep and trainings of two splits run as Ray jobs by two workers on two hosts,
-also by plain `ray job submit`; the model is pulled and used. Then a training is repeated whose worker host dies in mid-way
+also by plain `ray job submit`; the model is pulled and used. Then a training is repeated whose worker host dies midway
 and is replaced: its weights must be those of the undisturbed one. Prints a table; exit code 1 if anything did not hold.
 """
 

@@ -34,6 +34,12 @@ def _get(url: str) -> bytes:
         return answer.read()
 
 
+def _listed(what: str) -> list[dict[str, Any]]:
+    """Ray's own list of its nodes, actors or placement groups."""
+    url = f"{_SITE.ray_dashboard}/api/v0/{what}?limit=10000&detail=1"
+    return json.loads(_get(url))["data"]["result"]["result"]
+
+
 def make_bucket() -> str:
     """The site's bucket, as soon as the S3 server answers."""
     deadline = time.monotonic() + _PATIENCE_S
@@ -62,20 +68,41 @@ def wait_for(url: str) -> str:
 def nodes() -> list[str]:
     """Addresses of Ray's living nodes."""
     try:
-        rows = json.loads(_get(f"{_SITE.ray_dashboard}/api/v0/nodes"))["data"]["result"]["result"]
+        return [row["node_ip"] for row in _listed("nodes") if row["state"] == "ALIVE"]
     except OSError:
         return []
-    return [row["node_ip"] for row in rows if row["state"] == "ALIVE"]
 
 
 def hosts_of_ranks() -> list[str]:
     """Addresses of the nodes on which ranks of trainings have been."""
-    url = f"{_SITE.ray_dashboard}/api/v0/actors?limit=10000&detail=1"
-    actors = json.loads(_get(url))["data"]["result"]["result"]
-    nodes = json.loads(_get(f"{_SITE.ray_dashboard}/api/v0/nodes"))["data"]["result"]["result"]
-    addresses = {row["node_id"]: row["node_ip"] for row in nodes}
-    ranks = [actor for actor in actors if "TrainWorker" in actor["class_name"]]
+    addresses = {row["node_id"]: row["node_ip"] for row in _listed("nodes")}
+    ranks = [actor for actor in _listed("actors") if "TrainWorker" in actor["class_name"]]
     return sorted({addresses.get(actor["node_id"], actor["node_id"]) for actor in ranks})
+
+
+def placement_groups() -> list[str]:
+    """Those that hold something still."""
+    return [each["placement_group_id"] for each in _listed("placement_groups") if each["state"] != "REMOVED"]
+
+
+def epochs_in_mlflow(experiment: str, split: str) -> dict[str, list[int]]:
+    """For each stage's run of the split's one training, the epochs whose loss was told, in order."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(_SITE.mlflow_uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None, f"MLflow knows no experiment {experiment}"
+    every = client.search_runs([found.experiment_id], max_results=1000)
+    ours = [run for run in every if run.data.tags.get("split") == split]
+    (parent,) = [run for run in ours if run.data.tags["kind"] == "train"]
+    epochs: dict[str, list[int]] = {}
+    for run in ours:
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id:
+            stage = run.data.tags["kind"]
+            assert stage not in epochs, f"{stage} has two runs"
+            points = client.get_metric_history(run.info.run_id, "train/loss")
+            epochs[stage] = sorted(point.step for point in points)
+    return epochs
 
 
 def runs() -> list[str]:
@@ -122,6 +149,8 @@ _QUESTIONS: dict[str, Any] = {
     "wait-for": wait_for,
     "nodes": nodes,
     "hosts-of-ranks": hosts_of_ranks,
+    "placement-groups": placement_groups,
+    "epochs-in-mlflow": epochs_in_mlflow,
     "runs": runs,
     "checkpoints": checkpoints,
     "wait-for-checkpoint": wait_for_checkpoint,
