@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BUCKET = "tavlad"
 _FOREIGN = ("AWS_", "RAY_", "MLFLOW_", "WEED_", "TAVLAD_", "PYTEST_")
 _OBJECT_STORE_BYTES = 150_000_000
-_START_S = 240.0  # of a server on a machine that is busy with other things
+_START_S = 420.0  # of a server on a machine that is busy with other things
 # What a supervisor (systemd, Kubernetes) does: a node that was given up by the others ends, and is started again.
 _FOREVER = 'while :; do "$@"; sleep 1; done'
 
@@ -93,7 +93,7 @@ class Cluster:
         """Puts it back."""
         self._hosts.restore(self.workers[name])
 
-    def tavlad(self, *arguments: str, timeout_s: float = 500) -> Said:
+    def tavlad(self, *arguments: str, timeout_s: float = 900) -> Said:
         """`tavlad --json --site LAB ARGUMENTS` at the desk."""
         return self._at_desk("python", *self._verb("--json", *arguments), timeout_s=timeout_s)
 
@@ -101,13 +101,13 @@ class Cluster:
         """The same, while other things happen."""
         return self.desk.start("python", *self._verb(*arguments), environment=self._environment(), log=log)
 
-    def plain_job(self, *command: str, timeout_s: float = 500) -> Said:
+    def plain_job(self, *command: str, timeout_s: float = 900) -> Said:
         """`ray job submit --working-dir . -- COMMAND` at the desk, in a checkout, as docs/DEPLOY.md says."""
         address = f"http://{self._hosts.address(self.head)}:8265"
         submit = ("ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", *command)
         return self._at_desk(*submit, timeout_s=timeout_s)
 
-    def ask(self, *arguments: str, timeout_s: float = 300) -> Any:
+    def ask(self, *arguments: str, timeout_s: float = 420) -> Any:
         """What `tests/run_objects.py` answers to these words, run on the store's host."""
         said = self._on(
             self.store, "python", "-m", "tests.run_objects", str(self.site), *arguments, timeout_s=timeout_s

@@ -140,6 +140,7 @@ class Lan:
         host = Host(name, self._folder / f"{name}-{number}")
         self._hosts[name] = host
         self._addresses[name] = f"{_SUBNET}.{number}"
+        self._wait_for_the_end_of_a_cable(name)
         self._plug("add", f"to-{name}", "type", "veth", "peer", "name", "lan0", "netns", str(host.pid))
         self._plug("set", f"to-{name}", "master", "bridge", "up")
         host.run("ip", "address", "add", f"{self._addresses[name]}/24", "dev", "lan0")
@@ -162,15 +163,18 @@ class Lan:
         """As a machine dies: its cable first, so that no peer hears a connection end, then all that ran there."""
         self.cut(host)
         host.kill()
-        deadline = time.monotonic() + 10
-        while self._switch.try_("ip", "link", "show", f"to-{host.name}").returncode == 0:
-            assert time.monotonic() < deadline, f"the cable of {host.name} is still there"
-            time.sleep(0.05)
 
     def end(self) -> None:
         """All of it."""
         for host in [*self._hosts.values(), self._switch]:
             host.end()
+
+    def _wait_for_the_end_of_a_cable(self, name: str) -> None:
+        """The kernel takes a moment to remove that of a host which has ended."""
+        deadline = time.monotonic() + 60
+        while self._switch.try_("ip", "link", "show", f"to-{name}").returncode == 0:
+            assert time.monotonic() < deadline, f"there is a host {name} already"
+            time.sleep(0.05)
 
     def _plug(self, *words: str) -> None:
         """`ip link` on the switch, with process ids as the machine counts them."""

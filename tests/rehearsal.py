@@ -175,8 +175,8 @@ def disturbed(site: Cluster, words: tuple[str, ...], until: str, harm: Callable[
     assert before["checkpoint"] < "stage2", f"{before['checkpoint']}: too late to prove anything"
     began = time.time()
     harm()
-    after = site.ask("wait-for-checkpoint", before["checkpoint"], timeout_s=400)
-    code = following.wait(timeout=500)
+    after = site.ask("wait-for-checkpoint", before["checkpoint"])
+    code = following.wait(timeout=900)
     output = log.read_text()
     assert code == 0, f"the training ended with {code}: {output[-3000:]}"
     return Disturbed(

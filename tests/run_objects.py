@@ -18,7 +18,7 @@ from safetensors.numpy import load
 from infra.site import load_site
 from shards.store import Store, ensure_bucket, open_store
 
-_PATIENCE_S = 230.0
+_PATIENCE_S = 400.0
 _SITE = load_site(sys.argv[1])
 
 
@@ -36,7 +36,7 @@ def _get(url: str) -> bytes:
 
 def _listed(what: str) -> list[dict[str, Any]]:
     """Ray's own list of its nodes, actors or placement groups."""
-    url = f"{_SITE.ray_dashboard}/api/v0/{what}?limit=10000&detail=1"
+    url = f"{_SITE.ray_dashboard}/api/v0/{what}?limit=10000"
     return json.loads(_get(url))["data"]["result"]["result"]
 
 
