@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infra.local_ray import PATIENCE
 from tests.hosts import Host, Lan, lan
 
 ROOT = Path(__file__).parents[1]
@@ -153,16 +154,20 @@ class Cluster:
         """Of a node of the cluster: also the site, as docs/DEPLOY.md asks for, and a cache of its own."""
         store, head = self._hosts.address(self.store), self._hosts.address(self.head)
         without_our_code = {name: value for name, value in self._environment().items() if name != "PYTHONPATH"}
-        return without_our_code | {
-            "TAVLAD_SITE": "cluster",
-            "TAVLAD_RAY_ADDRESS": f"{head}:6379",
-            "TAVLAD_RAY_DASHBOARD": f"http://{head}:8265",
-            "TAVLAD_S3_ENDPOINT": f"http://{store}:8333",
-            "TAVLAD_BUCKET": BUCKET,
-            "TAVLAD_MLFLOW": f"http://{store}:5000",
-            "TAVLAD_S3_KEYS": str(self.folder / "keys"),
-            "TAVLAD_CACHE": "/tmp/tavlad/cache",
-        }
+        return (
+            without_our_code
+            | PATIENCE
+            | {
+                "TAVLAD_SITE": "cluster",
+                "TAVLAD_RAY_ADDRESS": f"{head}:6379",
+                "TAVLAD_RAY_DASHBOARD": f"http://{head}:8265",
+                "TAVLAD_S3_ENDPOINT": f"http://{store}:8333",
+                "TAVLAD_BUCKET": BUCKET,
+                "TAVLAD_MLFLOW": f"http://{store}:5000",
+                "TAVLAD_S3_KEYS": str(self.folder / "keys"),
+                "TAVLAD_CACHE": "/tmp/tavlad/cache",
+            }
+        )
 
     def _private(self, name: str, text: str) -> None:
         file = self.folder / name
