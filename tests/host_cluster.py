@@ -223,6 +223,11 @@ class Cluster:
         return (
             f"--node-ip-address={self._hosts.address(host)}",
             "--num-cpus=1",
+            # Named, or the raylet waits 15 s for its agents to write them down, which a busy machine may not manage.
+            "--metrics-export-port=8080",
+            "--dashboard-agent-listen-port=52365",
+            "--dashboard-agent-grpc-port=52366",
+            "--runtime-env-agent-port=52367",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             "--disable-usage-stats",
         )
