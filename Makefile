@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos long fuzz fresh-model screenshots check format install lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal fresh-model screenshots check format install lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,10 @@ long: $(INSTALLED)  ## rehearsals of minutes: a reproduction of the paper, of wh
 	@$(BIN)/python -m pytest -m "long and not chaos"
 
 fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
-	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py
+	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py tests/test_fuzz_serve.py
+
+rehearsal: $(INSTALLED)  ## a site of four hosts on this machine, one of which dies in mid-training; as root
+	@$(BIN)/python -m tests.rehearsal
 
 fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
 	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py

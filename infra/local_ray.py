@@ -13,7 +13,7 @@ from infra.site import SiteError, ray_settings, service_environment
 
 _OBJECT_STORE_BYTES = 1_000_000_000
 # Ray's own limits are for machines with nothing else to do; ours, `start_s`, is the one that counts.
-_PATIENCE = {
+PATIENCE = {
     "RAY_gcs_server_port_wait_time_s": "120",
     "RAY_agent_register_timeout_ms": "120000",
     "RAY_worker_register_timeout_seconds": "180",
@@ -81,7 +81,7 @@ def _program(state: State) -> Program:
         "--log-style=record",
         "--log-color=false",
     )
-    environment = service_environment() | settings | _PATIENCE
+    environment = service_environment() | settings | PATIENCE
     environment |= {
         "AUTOSCALER_METRIC_PORT": ports["autoscaler_metrics"],
         "DASHBOARD_METRIC_PORT": ports["dashboard_metrics"],

@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.site import Site, job_variables
 
@@ -28,6 +29,12 @@ def connect(site: Site) -> None:
         raise ValueError(
             f"no Ray cluster answers at {site.ray_address} (site {site.name}): start it, or correct ray_address"
         ) from error
+
+
+def on_this_node() -> dict[str, Any]:
+    """Options of an actor that must live as long as this process: beside it, where no other node's end reaches it."""
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def num_cpus() -> int:

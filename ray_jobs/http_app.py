@@ -15,6 +15,7 @@ from fastapi import FastAPI, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BYTES_OF_FORM = 64 * 1024
@@ -81,7 +82,7 @@ def digest_of_token(token: str) -> str:
 def make_app(backend: Backend, limits: Limits) -> ASGIApp:
     """The application."""
     app = FastAPI(title=f"tavlad: {backend.model}", version="1", docs_url=None, redoc_url=None)
-    app.add_exception_handler(HTTPException, _refuse)
+    app.add_exception_handler(StarletteHTTPException, _refuse)  # also what FastAPI and the form's parser refuse
     app.add_exception_handler(RequestValidationError, _refuse)
 
     @app.get("/health")
@@ -125,8 +126,8 @@ _REFUSALS = {
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code)
+    if isinstance(error, StarletteHTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)

@@ -11,11 +11,13 @@ from typing import Any
 
 from ray_jobs.recipe import load_recipe
 
-SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "evaluate", "register", "reproduce"})
+SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "tune", "evaluate", "register", "reproduce"})
 """The verbs that another site's cluster does as a job; all others are done where they are called."""
 _PACKAGES = ("tavlad", "shards", "ray_jobs", "infra")
-_INPUTS = ("recipe", "splits")
+_INPUTS = ("recipe", "splits", "space")
 """Arguments whose local files travel with the job."""
+_NOT_WHAT_IT_DOES = ("recipe", "change", "dataset", "at_once")
+"""Arguments that are not part of a job's name as they stand; a recipe's is what it says, `at_once` only the pace."""
 _MAX_INPUT_BYTES = 20_000_000
 _IDENTITY_DIGITS = 12
 COMMIT_FILE = "commit.txt"
@@ -47,7 +49,7 @@ def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], 
     """
     inputs: dict[str, Path] = {}
     renamed: dict[str, str] = {}
-    identity = {name: value for name, value in values.items() if name not in ("recipe", "change", "dataset")}
+    identity = {name: value for name, value in values.items() if name not in _NOT_WHAT_IT_DOES}
     for name, value in values.items():
         if name in _INPUTS and value is not None and (given := Path(str(value))).exists():
             files = _files(given)

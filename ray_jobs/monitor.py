@@ -5,6 +5,8 @@ from typing import Any
 
 import ray
 
+from ray_jobs.cluster import on_this_node
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
@@ -78,7 +80,7 @@ class Monitor:
     @staticmethod
     def start() -> "Monitor":
         """Start the actor on the driver's side; it lives as long as the driver."""
-        return Monitor(ray.remote(num_cpus=0)(_Monitor).remote())
+        return Monitor(ray.remote(**on_this_node())(_Monitor).remote())
 
     def tell(self, news: News) -> None:
         """Leave news without waiting."""

@@ -23,6 +23,8 @@ from ray_jobs.job_parcel import Parcel, fill_working_folder
 from ray_jobs.run_records import git_commit
 
 _ATTEMPT = re.compile(r"(tavlad-[a-z]+-[0-9a-f]{12})-(\d+)")
+# Each sets its own level when it is imported, whatever its parents' is.
+_TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 _SECONDS_BETWEEN_TRIES = 2.0
 _TRIES = 30
 _FAILED = 1
@@ -41,7 +43,8 @@ class Ended:
 
 def jobs_of(site: Site) -> JobSubmissionClient:
     """The cluster's jobs API. Raises ValueError that says whether the address or the token is wrong."""
-    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)  # it would tell of every upload
+    for name in _TELLS_OF_UPLOADS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _errors(site):
         return JobSubmissionClient(site.ray_dashboard)
 

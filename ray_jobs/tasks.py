@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from ray_jobs.cluster import num_cpus, result_of
+from ray_jobs.cluster import num_cpus, on_this_node, result_of
 from ray_jobs.console import Console
 
 _TASKS_PER_CPU = 2  # in flight: enough to keep every CPU busy, few enough to stop soon
@@ -43,7 +43,7 @@ def run_tasks(task: Any, calls: Iterable[tuple[Any, ...]], label: str, total: in
 
     `total` counts clips, not calls, which are made up only when their turn comes. The first failure ends the others.
     """
-    counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
+    counter: Any = ray.remote(**on_this_node())(_Counter).remote()
     waiting = enumerate(calls)
     running: dict[Any, int] = {}
     results: dict[int, Any] = {}

@@ -23,6 +23,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
 from ray_jobs.monitor import EpochDone, Monitor, News, Said, Started, Stepped, UserError
+from ray_jobs.network import HostNetwork
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun, register_training
@@ -99,6 +100,7 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
         ),
+        torch_config=HostNetwork(),
         run_config=ray.train.RunConfig(
             name=plan.name,
             storage_path=path,

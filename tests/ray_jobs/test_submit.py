@@ -1,11 +1,13 @@
 """Verbs as jobs: the same twice is one, ended is gone on with, followed, left, listed and stopped; on real Ray."""
 
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,23 @@ def test_path_that_only_this_machine_has_is_refused() -> None:
         make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
 
 
+def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Path) -> None:
+    recipe, space = tmp_path / "a.toml", tmp_path / "space.toml"
+    recipe.write_text(RECIPE)
+
+    def parcel(at_once: int | None, lr: str):
+        space.write_text(f"[stage1]\nlr = [{lr}]\n")
+        words = [str(recipe), "--space", str(space)]
+        values = {"recipe": str(recipe), "split": 1, "change": None, "dataset": None, "space": space}
+        return make_parcel("tune", words, values | {"trials": 8, "at_once": at_once}, "bucket")
+
+    sweep = parcel(None, "0.1, 0.01")
+    assert sweep.arguments == ("inputs/recipe/a.toml", "--space", "inputs/space/space.toml")
+    assert sweep.inputs["inputs/space/space.toml"] == space
+    assert parcel(2, "0.1, 0.01").name == sweep.name
+    assert parcel(None, "0.1, 0.02").name != sweep.name
+
+
 @pytest.mark.slow
 def test_verb_is_a_job_that_ends_as_the_verb_does(
     local_site: Site,
@@ -80,9 +99,22 @@ def test_verb_is_a_job_that_ends_as_the_verb_does(
     assert "knows no such job" in unknown.err
 
 
-def started(*arguments: str) -> "subprocess.Popen[str]":
+@contextlib.contextmanager
+def started(*arguments: str) -> Generator["subprocess.Popen[str]"]:
+    """A verb that goes on until the block ends."""
     command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    """The first line, and all that follows if it is an error."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    return line if "error: " not in line and line else line + process.stdout.read()
 
 
 @pytest.mark.slow
@@ -93,18 +125,18 @@ def test_second_submission_joins_and_ctrl_c_leaves_the_job(
 ) -> None:
     site = ["--site", str(lab)]
     command = ["pack", str(shared_data / "weizmann" / "videos"), "--name", "long", "--num-frames", "4"]
-    first = started(*site, *command)
-    assert first.stdout is not None
-    line = first.stdout.readline()
-    (job,) = re.findall(r"submitted (\S+) to", line)
-    second = started(*site, *command)
-    assert second.stdout is not None
-    assert second.stdout.readline() == f"{job} runs already: joined\n"
-    for process in (first, second):
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert f"{job} goes on; " in out
+    with started(*site, *command) as first:
+        line = said(first)
+        found = re.fullmatch(r"submitted (\S+) to \S+\n", line)
+        assert found, line
+        job = found[1]
+        with started(*site, *command) as second:
+            assert said(second) == f"{job} runs already: joined\n"
+            for process in (first, second):
+                process.send_signal(signal.SIGINT)
+                out, _ = process.communicate(timeout=60)
+                assert process.returncode == 130
+                assert f"{job} goes on; " in out
 
     stopped = json.loads(tavlad("--json", *site, "stop", job).out.splitlines()[-1])
     assert stopped["job"] == job

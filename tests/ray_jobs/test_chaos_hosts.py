@@ -1,0 +1,76 @@
+"""A training by two workers on two hosts, one of which is harmed in the middle: the weights of an undisturbed one.
+
+The hosts are network namespaces (tests/host_cluster.py); what is done to them is what happens to machines.
+"""
+
+import time
+from collections.abc import Generator
+
+import pytest
+
+from tests.host_cluster import cluster
+from tests.hosts import why_not
+from tests.rehearsal import Disturbed, Rehearsal, disturbed, rendered, replace_worker, train
+
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+_CUT_S = 60.0
+_MIDDLE = "stage1-epoch00002"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Generator[Rehearsal]:
+    """The hosts, a packed set, and what a training comes to that nothing happens to."""
+    folder = tmp_path_factory.mktemp("hosts")
+    with cluster(folder) as site:
+        made = Rehearsal(site, rendered(folder))
+        made.pack()
+        made.train_by_verb()
+        yield made
+
+
+def check(undisturbed: Rehearsal, seen: Disturbed, fault: str) -> None:
+    """The same weights; every epoch once in MLflow; nothing left of Ray's; and a line for docs/RELIABILITY.md."""
+    line = f"{fault}: at {seen.reached}, went on from {seen.resumed}, {seen.seconds_to_recover:.0f} s"
+    print(f"\n{line}")  # noqa: T201
+    assert seen.weights == undisturbed.weights
+    site = undisturbed.site
+    steps = site.ask("epochs-in-mlflow", "tavlad/rehearsal", "1")
+    assert steps == {"stage1": [1, 2, 3, 4, 5, 6], "stage2": [1, 2]}, "each epoch once"
+    deadline = time.monotonic() + 60
+    while left := site.ask("placement-groups"):
+        assert time.monotonic() < deadline, f"placement groups {left} are left"
+        time.sleep(1)
+
+
+def test_worker_host_that_loses_power_and_is_replaced(undisturbed: Rehearsal) -> None:
+    site = undisturbed.site
+    seen = disturbed(site, train(1), _MIDDLE, lambda: replace_worker(site))
+    check(undisturbed, seen, "power off a worker host")
+    assert seen.resumed, "it was started again from a checkpoint"
+
+
+def test_worker_host_whose_processes_are_all_killed(undisturbed: Rehearsal) -> None:
+    site = undisturbed.site
+
+    def harm() -> None:
+        site.kill("worker")
+        site.add_worker("worker")
+
+    seen = disturbed(site, train(1), _MIDDLE, harm)
+    check(undisturbed, seen, "kill -9 a worker host")
+    assert seen.resumed
+
+
+def test_worker_host_that_is_cut_off_for_a_minute(undisturbed: Rehearsal) -> None:
+    site = undisturbed.site
+
+    def harm() -> None:
+        site.cut("worker")
+        time.sleep(_CUT_S)
+        site.restore("worker")
+
+    check(undisturbed, disturbed(site, train(1), _MIDDLE, harm), "cut a worker host's cable for 60 s")
