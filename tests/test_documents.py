@@ -1,4 +1,4 @@
-"""The documents' commands are commands: each can be parsed, names files that are here, and the guide's path is walked."""
+"""Commands in the documents can be parsed and name files that are here, and the guide's path is walked."""
 
 import os
 import re
