@@ -36,7 +36,8 @@ from shards.clip_bytes import decode_jpeg, read_tar_members
 from shards.datasets import scan
 from shards.disk_cache import DiskCache
 from shards.index import ClipTable, Index, load_index
-from shards.pack import PackOptions, finish, pack_shard, plan_packing
+from shards.pack import finish, pack_shard
+from shards.plan import PackOptions, plan_packing
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import S3Access, Store, open_store
 from shards.transforms import crop_clip, draw_view, window_of
