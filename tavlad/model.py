@@ -138,7 +138,7 @@ class TaVlad(nn.Module):
         if self.vlad is None:
             return self._score_frames(maps.descriptors_BTND)
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
-        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN)
+        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN, self._gru_dtype())
         if self.config.dropout_place == "frame":
             vlad_BTKD = self.dropout(vlad_BTKD)
         clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
@@ -156,11 +156,16 @@ class TaVlad(nn.Module):
         """(B, T, K, D) → (B, K, U), or (B, K, D) without a GRU."""
         if self.gru is None:
             return sum_over_time(vlad_BTKD)
-        # In bf16 a state depends on how many clips are computed at once; scores must not.
-        device = vlad_BTKD.device.type
-        in_bf16 = self.training and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if in_bf16 else None
-        return gru_over_time(vlad_BTKD, self.gru, self.config.temporal_readout, dtype)
+        return gru_over_time(vlad_BTKD, self.gru, self.config.temporal_readout, self._gru_dtype())
+
+    def _gru_dtype(self) -> torch.dtype | None:
+        """What the GRU's products are computed in, None for the weights' own.
+
+        Lower in training alone: in bf16 a state depends on how many clips are computed at once; scores must not.
+        """
+        device = self.classifier.weight.device.type
+        is_mixed = self.gru is not None and self.training and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_mixed else None
 
     def _score_frames(self, places_BTND: Tensor) -> Tensor:
         """Logits from the frames' own scores, (B, T, N, D) → (B, A)."""
