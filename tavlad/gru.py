@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 
 def gru_states(
@@ -39,7 +38,7 @@ class _States(torch.autograd.Function):
         last: bool,
     ) -> Tensor:
         num_steps, num_sequences, _ = x_TSD.shape
-        exact, width = weight_hh.dtype, weight_hh.shape[1]
+        width = weight_hh.shape[1]
         x_TSD, w_ih, w_hh = x_TSD.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
         w_rz, w_n = w_hh.split((2 * width, width))
         b_n = bias_hh[2 * width :].to(dtype)
@@ -50,16 +49,20 @@ class _States(torch.autograd.Function):
         states_TSU = x_TSD.new_empty(num_steps, num_sequences, width)
         rz_TSV = x_TSD.new_empty(num_steps, num_sequences, 2 * width)
         n_TSU, hidden_TSU = torch.empty_like(states_TSU), torch.empty_like(states_TSU)
+        # Written again at each step: fresh memory would cost as much as what is computed in it.
+        given_SG = x_TSD.new_empty(num_sequences, 3 * width)  # G = 3 U: r, z, n
+        rz_SV, n_SU = state_SU.new_empty(num_sequences, 2 * width), torch.empty_like(state_SU)
+        hidden_SU = torch.empty_like(state_SU)
+        r_SU, z_SU = rz_SV.chunk(2, dim=1)
         for step in range(num_steps):
             states_TSU[step] = state_SU
-            given_SG = linear(x_TSD[step], w_ih, b_given)  # G = 3 U: r, z, n
-            rz_SV = given_SG[:, : 2 * width]
+            torch.addmm(b_given, x_TSD[step], w_ih.T, out=given_SG)
             if step:  # the first state is zero
-                rz_SV.addmm_(states_TSU[step], w_rz.T)
+                given_SG[:, : 2 * width].addmm_(states_TSU[step], w_rz.T)
+            rz_SV.copy_(given_SG[:, : 2 * width]).sigmoid_()
             torch.addmm(b_n, states_TSU[step], w_n.T, out=hidden_TSU[step])
-            rz_SV = rz_SV.to(exact).sigmoid_()
-            r_SU, z_SU = rz_SV.chunk(2, dim=1)
-            n_SU = _tanh_(torch.addcmul(given_SG[:, 2 * width :].to(exact), r_SU, hidden_TSU[step].to(exact)), dtype)
+            n_SU.copy_(given_SG[:, 2 * width :]).addcmul_(r_SU, hidden_SU.copy_(hidden_TSU[step]))
+            _tanh_(n_SU, dtype)
             state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[0 if last else step])
             rz_TSV[step], n_TSU[step] = rz_SV, n_SU
         ctx.save_for_backward(x_TSD, w_ih, w_hh, states_TSU, rz_TSV, n_TSU, hidden_TSU)
@@ -72,27 +75,30 @@ class _States(torch.autograd.Function):
         (d_found_RSU,) = grad_outputs
         exact = d_found_RSU.dtype
         first_read = num_steps - len(d_found_RSU)
-        d_state_SU = torch.zeros_like(d_found_RSU[0])
         # Of W x + b for n, then of both for r and z, then of U h + b' for n: each weight's gates lie side by side.
         d_gates_TSX = n_TSU.new_empty(num_steps, num_sequences, 4 * width)
         d_bias_X = d_found_RSU.new_zeros(4 * width)
+        d_state_SU = torch.zeros_like(d_found_RSU[0])
+        d_gates_SX = d_found_RSU.new_empty(num_sequences, 4 * width)
+        rz_SV = d_found_RSU.new_empty(num_sequences, 2 * width)
+        (r_SU, z_SU), (d_n_SU, d_r_SU, d_z_SU, d_hidden_SU) = rz_SV.chunk(2, dim=1), d_gates_SX.chunk(4, dim=1)
+        n_SU, d_kept_SU = torch.empty_like(d_state_SU), torch.empty_like(d_state_SU)
         for step in reversed(range(num_steps)):
             if step >= first_read:
-                d_state_SU = d_state_SU + d_found_RSU[step - first_read]
-            r_SU, z_SU = rz_TSV[step].to(exact).chunk(2, dim=1)
-            n_SU = n_TSU[step].to(exact)
-            d_kept_SU = d_state_SU * z_SU
-            d_n_SU = _tanh_backward(d_state_SU - d_kept_SU, n_SU)
-            d_r_SU = _sigmoid_backward(d_n_SU * hidden_TSU[step].to(exact), r_SU)
-            d_z_SU = _sigmoid_backward(n_SU.neg_().add_(states_TSU[step]).mul_(d_state_SU), z_SU)
-            of_gates = (d_n_SU, d_r_SU, d_z_SU, d_n_SU * r_SU)
-            for d_gate_SU, place_SU, d_bias_U in zip(
-                of_gates, d_gates_TSX[step].chunk(4, dim=1), d_bias_X.chunk(4), strict=True
-            ):
-                place_SU.copy_(d_gate_SU)
-                d_bias_U += d_gate_SU.sum(dim=0)
+                d_state_SU += d_found_RSU[step - first_read]
+            rz_SV.copy_(rz_TSV[step])
+            n_SU.copy_(n_TSU[step])
+            torch.mul(d_state_SU, z_SU, out=d_kept_SU)
+            torch.sub(d_state_SU, d_kept_SU, out=d_n_SU)
+            _tanh_backward(d_n_SU, n_SU, grad_input=d_n_SU)
+            torch.mul(d_n_SU, r_SU, out=d_hidden_SU)
+            _sigmoid_backward(d_r_SU.copy_(hidden_TSU[step]).mul_(d_n_SU), r_SU, grad_input=d_r_SU)
+            torch.sub(d_z_SU.copy_(states_TSU[step]), n_SU, out=d_z_SU)
+            _sigmoid_backward(d_z_SU.mul_(d_state_SU), z_SU, grad_input=d_z_SU)
+            d_gates_TSX[step] = d_gates_SX
+            d_bias_X += d_gates_SX.sum(dim=0)
             if step:
-                d_state_SU = d_kept_SU.add_(d_gates_TSX[step, :, width:] @ w_hh)
+                torch.add(d_kept_SU, d_gates_TSX[step, :, width:] @ w_hh, out=d_state_SU)
         d_given_TSG, d_hidden_TSG = d_gates_TSX[..., : 3 * width], d_gates_TSX[..., width:]
         w_nrz = w_ih.roll(width, dims=0)
         d_x_TSD = (d_given_TSG.flatten(0, 1) @ w_nrz).view_as(x_TSD) if ctx.needs_input_grad[0] else None
@@ -102,10 +108,10 @@ class _States(torch.autograd.Function):
         return d_x_TSD, d_w_ih.to(exact), d_w_hh.to(exact), d_b_ih, d_b_hh, None, None
 
 
-_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward
+_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
 
 
 def _tanh_(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In place. Where products are rounded to bf16, by the sigmoid, which a CPU computes ten times as fast; its error is
-    1e-7 then."""
+    """In place. Where products are rounded to bf16, by the sigmoid, which a CPU computes ten times as fast: an error of
+    1e-7."""
     return x.tanh_() if dtype == x.dtype else x.mul_(2).sigmoid_().mul_(2).sub_(1)
