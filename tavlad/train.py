@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from tavlad.ahead import batches_on
 from tavlad.checkpoint import TrainState
 from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
@@ -139,7 +140,7 @@ class _Epochs:
         started, num_before = time.perf_counter(), sums.clips
         self.model.train()
         batches = self.train.epoch(epoch + plan.number * _EPOCHS_APART, first)
-        for step, batch in enumerate(batches, start=first):
+        for step, batch in enumerate(batches_on(world.device, batches), start=first):
             # Dropout is a function of the step, so that resuming needs no generator state.
             torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
             loss = _step(self.model, self.optimizer, batch, plan.training, world, sums)

@@ -1,9 +1,11 @@
 """Fixtures of every room. Shape annotations are checked at run time here, and only here."""
 
+import os
 from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 jaxtyping.install_import_hook(["tavlad", "shards"], "beartype.beartype")
 
@@ -22,7 +24,10 @@ def shared_data() -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What kills and damages is slow, whether it says so or not."""
+    """What kills and damages is slow, whether it says so or not; what needs a GPU is skipped without one."""
+    has_gpu = torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1"
     for item in items:
+        if item.get_closest_marker("needs_gpu") is not None and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; FAIL_WITHOUT_GPU=1 makes that an error"))
         if item.get_closest_marker("chaos") is not None:
             item.add_marker(pytest.mark.slow)
