@@ -2,8 +2,8 @@
 
 python benchmarks/gpu.py [--smoke] [--set FOLDER] [--schedule] [--out FILE]
 
-Each part is tried by itself: what fails leaves its reason in the JSON, and the rest goes on. Nothing of Ray, MLflow or a
-store is needed: training is `tavlad.train.fit`.
+Each part is tried by itself: what fails leaves its reason in the JSON, and the rest goes on. Nothing of Ray, MLflow or
+a store is needed: training is `tavlad.train.fit`.
 """
 
 import argparse
