@@ -25,22 +25,27 @@ def repeated(index: Index, num_clips: int) -> Index:
     return dataclasses.replace(index, clips_table=ClipTable.of(rows))
 
 
-def main() -> None:
+def pack_rendered(folder: Path, videos_per_action: int) -> None:
+    """Renders videos of eight actions and packs them into the folder. Needs PyAV; reading the set does not."""
     from shards.datasets import scan
     from shards.pack import finish, pack_shard
     from shards.plan import PackOptions, plan_packing
     from shards.render import render_videos
     from shards.store import open_store
 
+    store = open_store(str(folder))
+    with tempfile.TemporaryDirectory(prefix="tavlad-bench-") as videos:
+        render_videos(Path(videos), videos_per_action, 0)
+        plan = plan_packing(scan("bench", Path(videos), "folders"), PackOptions())
+        finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--videos-per-action", type=int, default=8)
     options = parser.parse_args()
-    store = open_store(str(options.folder))
-    with tempfile.TemporaryDirectory(prefix="tavlad-bench-") as videos:
-        render_videos(Path(videos), options.videos_per_action, 0)
-        plan = plan_packing(scan("bench", Path(videos), "folders"), PackOptions())
-        finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
+    pack_rendered(options.folder, options.videos_per_action)
 
 
 if __name__ == "__main__":
