@@ -137,9 +137,10 @@ def _head(bench: Bench) -> dict[str, Any]:
 
 
 def _fit(bench: Bench, stage: StageConfig, number: int, batches: Batches, model: nn.Module, **changes: Any) -> float:
-    """Seconds of an epoch."""
+    """Seconds of an epoch, or of `epochs`."""
+    stage = dataclasses.replace(stage, epochs=changes.pop("epochs", 1))
     training = TrainingConfig(batch_size=changes.pop("batch_size"), crop=bench.crop, **changes)
-    plan = StagePlan(number=number, stage=dataclasses.replace(stage, epochs=1), training=training)  # type: ignore[arg-type]
+    plan = StagePlan(number=number, stage=stage, training=training)  # type: ignore[arg-type]
     bench.wait()
     began = time.perf_counter()
     fit(model, plan, batches, None, Listeners(on_epoch=lambda _: None), world=bench.world)  # type: ignore[arg-type]
@@ -212,8 +213,7 @@ def _epochs(bench: Bench, whole_schedule: bool) -> dict[str, Any]:
         if whole_schedule:
             began = time.perf_counter()
             for number, stage in stages.items():
-                for _ in range(1 if bench.smoke else stage.epochs):
-                    _fit(bench, stage, number, loader, model, batch_size=size)
+                _fit(bench, stage, number, loader, model, batch_size=size, epochs=1 if bench.smoke else stage.epochs)
             found[f"batch {size}"] = {"whole_schedule_s": time.perf_counter() - began}
             break
         seconds = {
