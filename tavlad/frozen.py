@@ -64,7 +64,8 @@ class FrozenTrunk:
         device = images_BCHW.device.type
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else next(self._trunk.parameters()).dtype
-        folded = self._current(dtype, half)
+        with torch.inference_mode(mode=False), torch.no_grad():  # a copy made in inference mode could not be mended
+            folded = self._current(dtype, half)
         run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
         if self.compile:
             run = folded.compiled.setdefault(half, compiled(run))
