@@ -243,7 +243,7 @@ def main() -> None:
         shards = options.set
         if shards is None and options.smoke:
             shards = Path(folder) / "set"
-            pack_rendered(shards, 1)
+            pack_rendered(shards, 3)
         sys.exit(_measure(Bench(device=device, smoke=options.smoke, shards=shards), options))
 
 
