@@ -156,8 +156,8 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     """Share of a clip's label that is spread over all actions in the training loss."""
     compile: bool = False
-    """torch.compile for the frozen trunk, and on a GPU for the last block and the head: each stage's first steps compile,
-    and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
+    compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
     recompute: bool = False
     """Compute the last block's activations again in backward instead of keeping them: less memory, more time."""
     evaluate_every: int = 1
