@@ -45,6 +45,27 @@ def interleaved(variants: Mapping[str, Callable[[], Figures]], repeats: int) -> 
     }
 
 
+def timed(run: Callable[[], object]) -> Figures:
+    """Milliseconds of one run, by the clock and of processor time, which other work on the machine disturbs less."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    run()
+    return {"ms": 1000 * (time.perf_counter() - began), "cpu_ms": 1000 * (time.process_time() - cpu_began)}
+
+
+def peak_mb(run: Callable[[], object]) -> float:
+    """How far this process's memory rises above what it holds now. For a process of its own: memory that was freed
+    before and not given back hides what is used again."""
+
+    def kilobytes(key: str) -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines[key].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024 / 1e6
+
+
 class Meter:
     """Seconds, CPU seconds and peak memory of this process and its children, between `start` and `stop`."""
 

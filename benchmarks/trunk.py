@@ -1,37 +1,87 @@
-"""How long a trunk takes for one clip of 25 frames, by precision and memory format; interleaved repeats, medians.
+"""How long a trunk takes for one clip of 25 frames, by precision and memory format, against bare torchvision.
 
-python benchmarks/trunk.py [--trunk resnet34] [--crop 224] [--repeats 5]
+python benchmarks/trunk.py [--trunk resnet34] [--crop 224] [--repeats 5] [--threads N] [--compile] [--out FOLDER]
+
+"tavlad, bf16" is what training and prediction run (`FrozenTrunk`), from uint8 frames to both maps. "Bare torchvision"
+is its ResNet with batch norms folded by PyTorch's own `fuse_conv_bn_eval`, channels last, the whole network in bf16,
+given bf16 images that are normalised already: the target is 0.9 of it. For other trunks it is left out.
 """
 
 import argparse
-import json
-import statistics
-import time
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from benchmarks.harness import interleaved, machine_facts, timed, write_results
 from tavlad.backbone import build_trunk
+from tavlad.frozen import FrozenTrunk, normalise
 
 NUM_FRAMES = 25
+Run = Callable[[], object]
 
 
-def _variants(name: str, crop: int) -> dict[str, Callable[[], object]]:
+def _bare(name: str) -> nn.Module:
+    """torchvision's own network, folded, in bf16, channels last."""
+    network = torchvision.models.get_model(name, weights=None).eval()
+    for block in [network, *network.modules()]:
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+            if isinstance(getattr(block, norm, None), nn.BatchNorm2d):
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    return network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+
+
+def _variants(name: str, crop: int, compiled: bool) -> dict[str, Run]:
     torch.manual_seed(0)
     trunk = build_trunk(name).eval()
-    images = torch.rand(NUM_FRAMES, 3, crop, crop)
-    last = images.contiguous(memory_format=torch.channels_last)
+    frames = torch.randint(0, 256, (NUM_FRAMES, 3, crop, crop), dtype=torch.uint8)
+    frames = frames.contiguous(memory_format=torch.channels_last)
+    last = normalise(trunk, frames, torch.float32)
+    first = last.contiguous()
 
-    def run(inputs: torch.Tensor, *, bf16: bool) -> object:
+    def run(inputs: Tensor, *, bf16: bool) -> object:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return trunk.maps(inputs)
 
-    return {
-        "float32, NCHW": lambda: run(images, bf16=False),
+    def frozen(*, bf16: bool, compiled: bool = False) -> Run:
+        ours = FrozenTrunk(trunk)
+        ours.compile = compiled
+
+        def run_frozen() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return ours.maps(frames, NUM_FRAMES)
+
+        return run_frozen
+
+    variants: dict[str, Run] = {
+        "tavlad, bf16": frozen(bf16=True),
+        "tavlad, float32": frozen(bf16=False),
+        "float32, NCHW": lambda: run(first, bf16=False),
         "float32, channels last": lambda: run(last, bf16=False),
-        "bf16 autocast, NCHW": lambda: run(images, bf16=True),
+        "bf16 autocast, NCHW": lambda: run(first, bf16=True),
         "bf16 autocast, channels last": lambda: run(last, bf16=True),
     }
+    if compiled:
+        variants["tavlad, bf16, compile"] = frozen(bf16=True, compiled=True)
+    if name.startswith("resnet"):
+        network, images = _bare(name), last.to(torch.bfloat16)
+
+        def bare() -> object:
+            with torch.inference_mode():
+                return cast(Tensor, network(images))
+
+        variants["bare torchvision, bf16, folded"] = bare
+    return variants
 
 
 def main() -> None:
@@ -39,21 +89,24 @@ def main() -> None:
     parser.add_argument("--trunk", default="resnet34")
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--compile", action="store_true", help="also training.compile = true")
+    parser.add_argument("--only", default="", help="variants whose names contain one of these words, comma between")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    variants = _variants(options.trunk, options.crop)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(options.repeats + 1):
-        for name, run in variants.items():
-            started = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    slowest = max(medians.values())
-    for name, median in medians.items():
-        print(f"| {name} | {median:.3f} s a clip | {slowest / median:.1f}x |")
-    facts = {"trunk": options.trunk, "crop": options.crop, "frames": NUM_FRAMES, "threads": torch.get_num_threads()}
-    print(json.dumps(facts | {"seconds_per_clip": medians, "torch": torch.__version__}))
+    torch.set_num_threads(options.threads)
+    made = _variants(options.trunk, options.crop, options.compile)
+    runs = {name: run for name, run in made.items() if any(word in name for word in options.only.split(","))}
+    first = {name: timed(run)["ms"] / 1000 for name, run in runs.items()}
+    rows = interleaved({name: lambda run=run: timed(run) for name, run in runs.items()}, options.repeats)
+    limit = rows.get("bare torchvision, bf16, folded")
+    for name, row in rows.items():
+        row["first_run_s"] = first[name]
+        if limit is not None:
+            row["of_bare"] = limit["ms"] / row["ms"]
+            row["of_bare_by_cpu"] = limit["cpu_ms"] / row["cpu_ms"]
+    facts = {"trunk": options.trunk, "crop": options.crop, "frames": NUM_FRAMES, "threads": options.threads}
+    write_results(options.out, "trunk", facts | machine_facts(("torch", "torchvision")), {"a clip": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from shards.video import VideoError, decode_frames_at
 from tavlad.clip import BadClip
 
 _VIDEO = "video"  # in the facts: what reading needs; its presence tells the format
@@ -40,6 +39,9 @@ def decode_packed_video(facts: Mapping[str, object], content: memoryview) -> UIn
         return None
     assert isinstance(video, dict)
     assert isinstance(indices, list)
+    # Here, so that sets of frames are read where PyAV is not installed, as on a bare GPU host.
+    from shards.video import VideoError, decode_frames_at
+
     try:
         frames_THWC = decode_frames_at(bytes(content), indices, int(video["short_side"]), str(video["suffix"]))
     except VideoError as error:

@@ -1,6 +1,6 @@
 """What crosses the border between the data and the model: a clip's frame choice and a batch of clips."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,11 @@ class ClipBatch:
         frames_BTCHW = self.frames_BTCHW if self.keys else _blank(self.frames_BTCHW)
         return frames_BTCHW.to(device)
 
+    def to(self, device: torch.device) -> "ClipBatch":
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        frames_BTCHW, labels_B = (each.to(device, non_blocking=True) for each in (self.frames_BTCHW, self.labels_B))
+        return replace(self, frames_BTCHW=frames_BTCHW, labels_B=labels_B)
+
 
 class Features(NamedTuple):
     """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
@@ -62,9 +67,9 @@ class Features(NamedTuple):
     without attention."""
 
     def to(self, device: torch.device) -> "Features":
-        """The same on a device."""
-        activation = None if self.activation_BTHW is None else self.activation_BTHW.to(device)
-        return Features(self.maps_BTDHW.to(device), activation)
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        activation = None if self.activation_BTHW is None else self.activation_BTHW.to(device, non_blocking=True)
+        return Features(self.maps_BTDHW.to(device, non_blocking=True), activation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,10 @@ class FeatureBatch:
         if not self.keys:
             maps, activation = _blank(maps), None if activation is None else _blank(activation)
         return Features(maps, activation).to(device)
+
+    def to(self, device: torch.device) -> "FeatureBatch":
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        return replace(self, features=self.features.to(device), labels_B=self.labels_B.to(device, non_blocking=True))
 
 
 Batch = ClipBatch | FeatureBatch

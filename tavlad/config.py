@@ -155,6 +155,11 @@ class TrainingConfig:
     """Share of the set's clips that is used, for training and for testing: below 1 only for rehearsals."""
     label_smoothing: float = 0.0
     """Share of a clip's label that is spread over all actions in the training loss."""
+    compile: bool = False
+    """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
+    compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    recompute: bool = False
+    """Compute the last block's activations again in backward instead of keeping them: less memory, more time."""
     evaluate_every: int = 1
     """Epochs between evaluations on the test part; the last epoch is always evaluated."""
 

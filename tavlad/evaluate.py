@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from tavlad.ahead import batches_on
 from tavlad.clip import Batch
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -29,12 +30,12 @@ def evaluate(
     labels: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []
     num_done = 0
-    for batch in batches:
+    for batch in batches_on(device, batches):
         if batch.keys:
             with autocast(device, precision):
                 logits_BA = model(batch.inputs(device))
             keys.extend(batch.keys)
-            labels.append(batch.labels_B)
+            labels.append(batch.labels_B.cpu())
             probabilities.append(logits_BA.float().softmax(dim=1).cpu())
         num_done += batch.num_clips_in_global_batch
         if on_batch is not None:

@@ -4,6 +4,9 @@ Ninety-seven parts in a hundred of stage 1's arithmetic are in here, and all of 
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,28 +14,42 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tavlad.backbone import TrunkMaps, TrunkNetwork
+from tavlad.compiled import compiled
 
 _FRAMES_PER_GPU_PASS = 256
 _SAMPLE_SIDE = 64  # of the images that show how a trunk's modules are joined
 
 
+_Half = Literal["maps", "early"]
+_Version = tuple[object, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Folded:
+    """A folded copy in one precision, and which weights each of its halves was made of."""
+
+    trunk: TrunkNetwork
+    versions: dict[_Half, _Version]
+    compiled: dict[_Half, Callable[[Tensor], Any]]
+
+
 class FrozenTrunk:
-    """Runs `trunk` without gradients. Folded copies are kept, and made anew whenever its weights have changed.
+    """Runs `trunk` without gradients. Folded copies are kept, and mended whenever weights they show have changed.
 
     Folding is exact up to rounding: the same function of the weights, in fewer operations.
     """
 
     def __init__(self, trunk: TrunkNetwork) -> None:
         self._trunk = trunk
-        self._folded: dict[torch.dtype, tuple[tuple[object, ...], TrunkNetwork]] = {}
+        self.compile = False
+        """Whether what the copies compute is compiled."""
+        self._folded: dict[torch.dtype, _Folded] = {}
 
     @torch.no_grad()
     def maps(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> TrunkMaps:
         """The last maps of 0-255 images. A CPU computes `frames_per_pass` at a time, a GPU as many such passes at once
         as fit: with the frames of one clip, its maps do not depend on the clips beside it."""
-        trunk, dtype = self._current(images_BCHW.device)
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            passes = [trunk.maps(normalise(self._trunk, part, dtype)) for part in _passes(images_BCHW, frames_per_pass)]
+        passes: list[TrunkMaps] = self._run("maps", images_BCHW, frames_per_pass)
         return TrunkMaps(
             pre_relu_BDHW=torch.cat([each.pre_relu_BDHW for each in passes]),
             post_relu_BDHW=torch.cat([each.post_relu_BDHW for each in passes]),
@@ -41,24 +58,37 @@ class FrozenTrunk:
     @torch.no_grad()
     def early(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> Float[Tensor, "F E eh ew"]:
         """The map below the last block, which stage 2 does not train either; see `maps`."""
-        trunk, dtype = self._current(images_BCHW.device)
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            return torch.cat(
-                [trunk.early(normalise(self._trunk, part, dtype)) for part in _passes(images_BCHW, frames_per_pass)]
-            )
+        return torch.cat(self._run("early", images_BCHW, frames_per_pass))
 
-    def _current(self, device: torch.device) -> tuple[TrunkNetwork, torch.dtype]:
-        """The trunk as its weights are now, and the precision to run it in."""
-        is_mixed = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if is_mixed else next(self._trunk.parameters()).dtype
+    def _run(self, half: _Half, images_BCHW: Tensor, frames_per_pass: int) -> list[Any]:
+        device = images_BCHW.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else next(self._trunk.parameters()).dtype
+        with torch.inference_mode(mode=False), torch.no_grad():  # a copy made in inference mode could not be mended
+            folded = self._current(dtype, half)
+        run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
+        if self.compile:
+            run = folded.compiled.setdefault(half, compiled(run))
+        with torch.autocast(device, enabled=False):
+            return [run(normalise(self._trunk, part, dtype)) for part in _passes(images_BCHW, frames_per_pass)]
+
+    def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
+        """The trunk as its weights are now."""
         tensors = [*self._trunk.parameters(), *self._trunk.buffers()]
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        versions: dict[_Half, _Version] = {
+            "maps": tuple((tensor.data_ptr(), tensor._version) for tensor in tensors),
+            # What learns is not below the last block: its steps are no reason to fold again.
+            "early": tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.requires_grad),
+        }
         found = self._folded.get(dtype)
-        if found is None or found[0] != version:
-            folded = fold(self._trunk).to(dtype).to(memory_format=torch.channels_last)
-            found = (version, folded)
-            self._folded[dtype] = found
-        return found[1], dtype
+        if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
+            copied = fold(self._trunk).to(dtype).to(memory_format=torch.channels_last)
+            found = self._folded[dtype] = _Folded(trunk=copied, versions=versions, compiled={})
+        elif found.versions[half] != versions[half]:
+            # In place: compiled code goes on with the same memory.
+            found.trunk.load_state_dict(fold(self._trunk).state_dict())
+            found.versions = versions
+        return found
 
 
 def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"], dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """The states of many GRUs with shared weights, trained quickly on a CPU.
 
 torch.nn.GRU runs as one cuDNN call on a GPU. On a CPU it is a chain of small operators a step, each remembered by
-autograd, and takes three to four times its matrix products. Here forward and backward are written out: the products of
-all steps that do not depend on the state are one product, and so are the weights' gradients.
+autograd, and takes three to four times its matrix products. Here forward and backward are written out, step by step, so
+that what a step needs stays in the processor's cache; the weights' gradients are one product over all steps.
 """
 
 from typing import Any
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 
-def gru_states(x_TSD: Float[Tensor, "T S D"], gru: nn.GRU, dtype: torch.dtype | None = None) -> Float[Tensor, "T S U"]:
-    """Every hidden state of each of S sequences, from a state of zeros: what `gru` itself computes.
+def gru_states(
+    x_TSD: Float[Tensor, "T S D"], gru: nn.GRU, dtype: torch.dtype | None = None, *, last: bool = False
+) -> Float[Tensor, "R S U"]:
+    """Every hidden state of each of S sequences, from a state of zeros: what `gru` itself computes; or the last only.
 
     Products are computed in `dtype` (default: the weights' own), states and gates in the weights' precision.
     """
     weights = (gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0)
-    return _States.apply(x_TSD, *weights, dtype or gru.weight_ih_l0.dtype)
+    return _States.apply(x_TSD, *weights, dtype or gru.weight_ih_l0.dtype, last)
 
 
 class _States(torch.autograd.Function):
@@ -34,27 +35,36 @@ class _States(torch.autograd.Function):
         bias_ih: Tensor,
         bias_hh: Tensor,
         dtype: torch.dtype,
+        last: bool,
     ) -> Tensor:
         num_steps, num_sequences, _ = x_TSD.shape
         width = weight_hh.shape[1]
         x_TSD, w_ih, w_hh = x_TSD.to(dtype), weight_ih.to(dtype), weight_hh.to(dtype)
-        gates_TSG = linear(x_TSD, w_ih, bias_ih.to(dtype))  # G = 3 U: r, z, n
+        w_rz, w_n = w_hh.split((2 * width, width))
+        b_n = bias_hh[2 * width :].to(dtype)
+        b_given = torch.cat([bias_ih[: 2 * width] + bias_hh[: 2 * width], bias_ih[2 * width :]]).to(dtype)
         state_SU = weight_hh.new_zeros(num_sequences, width)
-        found_TSU = weight_hh.new_empty(num_steps, num_sequences, width)
+        found_TSU = weight_hh.new_empty(1 if last else num_steps, num_sequences, width)
         # What backward needs, in the products' precision: the states before each step, r and z, n, and U h of n.
         states_TSU = x_TSD.new_empty(num_steps, num_sequences, width)
         rz_TSV = x_TSD.new_empty(num_steps, num_sequences, 2 * width)
         n_TSU, hidden_TSU = torch.empty_like(states_TSU), torch.empty_like(states_TSU)
+        # Written again at each step: fresh memory would cost as much as what is computed in it.
+        given_SG = x_TSD.new_empty(num_sequences, 3 * width)  # G = 3 U: r, z, n
+        rz_SV, n_SU = state_SU.new_empty(num_sequences, 2 * width), torch.empty_like(state_SU)
+        hidden_SU = torch.empty_like(state_SU)
+        r_SU, z_SU = rz_SV.chunk(2, dim=1)
         for step in range(num_steps):
             states_TSU[step] = state_SU
-            hidden_SG = linear(states_TSU[step], w_hh).to(state_SU.dtype) + bias_hh
-            given_SG = gates_TSG[step].to(state_SU.dtype)
-            rz_SV = (given_SG[:, : 2 * width] + hidden_SG[:, : 2 * width]).sigmoid_()
-            r_SU, z_SU = rz_SV.chunk(2, dim=1)
-            hidden_SU = hidden_SG[:, 2 * width :]
-            n_SU = torch.addcmul(given_SG[:, 2 * width :], r_SU, hidden_SU).tanh_()
-            state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[step])
-            rz_TSV[step], n_TSU[step], hidden_TSU[step] = rz_SV, n_SU, hidden_SU
+            torch.addmm(b_given, x_TSD[step], w_ih.T, out=given_SG)
+            if step:  # the first state is zero
+                given_SG[:, : 2 * width].addmm_(states_TSU[step], w_rz.T)
+            rz_SV.copy_(given_SG[:, : 2 * width]).sigmoid_()
+            torch.addmm(b_n, states_TSU[step], w_n.T, out=hidden_TSU[step])
+            n_SU.copy_(given_SG[:, 2 * width :]).addcmul_(r_SU, hidden_SU.copy_(hidden_TSU[step]))
+            _tanh_(n_SU, dtype)
+            state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[0 if last else step])
+            rz_TSV[step], n_TSU[step] = rz_SV, n_SU
         ctx.save_for_backward(x_TSD, w_ih, w_hh, states_TSU, rz_TSV, n_TSU, hidden_TSU)
         return found_TSU
 
@@ -62,28 +72,46 @@ class _States(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x_TSD, w_ih, w_hh, states_TSU, rz_TSV, n_TSU, hidden_TSU = ctx.saved_tensors
         num_steps, num_sequences, width = n_TSU.shape
-        (d_found_TSU,) = grad_outputs
-        exact = d_found_TSU.dtype
-        d_state_SU = torch.zeros_like(d_found_TSU[0])
-        d_given_TSG = n_TSU.new_empty(num_steps, num_sequences, 3 * width)  # of W x + b
-        d_hidden_TSG = torch.empty_like(d_given_TSG)  # of U h + b': differs from the above in n, by r
+        (d_found_RSU,) = grad_outputs
+        exact = d_found_RSU.dtype
+        first_read = num_steps - len(d_found_RSU)
+        # Of W x + b for n, then of both for r and z, then of U h + b' for n: each weight's gates lie side by side.
+        d_gates_TSX = n_TSU.new_empty(num_steps, num_sequences, 4 * width)
+        d_bias_X = d_found_RSU.new_zeros(4 * width)
+        d_state_SU = torch.zeros_like(d_found_RSU[0])
+        d_gates_SX = d_found_RSU.new_empty(num_sequences, 4 * width)
+        rz_SV = d_found_RSU.new_empty(num_sequences, 2 * width)
+        (r_SU, z_SU), (d_n_SU, d_r_SU, d_z_SU, d_hidden_SU) = rz_SV.chunk(2, dim=1), d_gates_SX.chunk(4, dim=1)
+        n_SU, d_kept_SU = torch.empty_like(d_state_SU), torch.empty_like(d_state_SU)
         for step in reversed(range(num_steps)):
-            d_state_SU = d_state_SU + d_found_TSU[step]
-            r_SU, z_SU = rz_TSV[step].to(exact).chunk(2, dim=1)
-            n_SU, state_SU = n_TSU[step].to(exact), states_TSU[step].to(exact)
-            d_n_SU = d_state_SU * (1 - z_SU) * (1 - n_SU * n_SU)
-            d_given_TSG[step, :, 2 * width :] = d_n_SU
-            d_hidden_TSG[step, :, 2 * width :] = d_n_SU * r_SU
-            d_given_TSG[step, :, :width] = d_n_SU * hidden_TSU[step] * r_SU * (1 - r_SU)
-            d_given_TSG[step, :, width : 2 * width] = d_state_SU * (state_SU - n_SU) * z_SU * (1 - z_SU)
-            d_hidden_TSG[step, :, : 2 * width] = d_given_TSG[step, :, : 2 * width]
-            d_state_SU = torch.addcmul((d_hidden_TSG[step] @ w_hh).to(exact), d_state_SU, z_SU)
-        d_given_MG, d_hidden_MG = d_given_TSG.flatten(0, 1), d_hidden_TSG.flatten(0, 1)
-        d_x_TSD = d_given_TSG @ w_ih if ctx.needs_input_grad[0] else None
-        gradients = (
-            d_given_MG.T @ x_TSD.flatten(0, 1),
-            d_hidden_MG.T @ states_TSU.flatten(0, 1),
-            d_given_MG.sum(dim=0, dtype=exact),
-            d_hidden_MG.sum(dim=0, dtype=exact),
-        )
-        return d_x_TSD, *(gradient.to(exact) for gradient in gradients), None
+            if step >= first_read:
+                d_state_SU += d_found_RSU[step - first_read]
+            rz_SV.copy_(rz_TSV[step])
+            n_SU.copy_(n_TSU[step])
+            torch.mul(d_state_SU, z_SU, out=d_kept_SU)
+            torch.sub(d_state_SU, d_kept_SU, out=d_n_SU)
+            _tanh_backward(d_n_SU, n_SU, grad_input=d_n_SU)
+            torch.mul(d_n_SU, r_SU, out=d_hidden_SU)
+            _sigmoid_backward(d_r_SU.copy_(hidden_TSU[step]).mul_(d_n_SU), r_SU, grad_input=d_r_SU)
+            torch.sub(d_z_SU.copy_(states_TSU[step]), n_SU, out=d_z_SU)
+            _sigmoid_backward(d_z_SU.mul_(d_state_SU), z_SU, grad_input=d_z_SU)
+            d_gates_TSX[step] = d_gates_SX
+            d_bias_X += d_gates_SX.sum(dim=0)
+            if step:
+                torch.add(d_kept_SU, d_gates_TSX[step, :, width:] @ w_hh, out=d_state_SU)
+        d_given_TSG, d_hidden_TSG = d_gates_TSX[..., : 3 * width], d_gates_TSX[..., width:]
+        w_nrz = w_ih.roll(width, dims=0)
+        d_x_TSD = (d_given_TSG.flatten(0, 1) @ w_nrz).view_as(x_TSD) if ctx.needs_input_grad[0] else None
+        d_w_ih = (d_given_TSG.flatten(0, 1).T @ x_TSD.flatten(0, 1)).roll(-width, dims=0)
+        d_w_hh = d_hidden_TSG[1:].flatten(0, 1).T @ states_TSU[1:].flatten(0, 1)
+        d_b_ih, d_b_hh = d_bias_X[: 3 * width].roll(-width), d_bias_X[width:].clone()
+        return d_x_TSD, d_w_ih.to(exact), d_w_hh.to(exact), d_b_ih, d_b_hh, None, None
+
+
+_tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input
+
+
+def _tanh_(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In place. Where products are rounded to bf16, by the sigmoid, which a CPU computes ten times as fast: an error of
+    1e-7."""
+    return x.tanh_() if dtype == x.dtype else x.mul_(2).sigmoid_().mul_(2).sub_(1)

@@ -1,6 +1,7 @@
 """TA-VLAD: frames → features → attention → VLAD → GRU → logits (METHOD, "One clip, forward")."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,10 +9,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.clip import Features
+from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
 from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities, random_frame
 from tavlad.frozen import FrozenTrunk, normalise
@@ -45,6 +48,9 @@ class TaVlad(nn.Module):
         self.attention_trunk = copy.deepcopy(self.trunk) if config.attention == "frozen-cam" else None
         self._frozen_trunk = FrozenTrunk(self.trunk)
         self._frozen_attention_trunk = FrozenTrunk(self.attention_trunk) if self.attention_trunk is not None else None
+        self._compiled_late: Callable[[Tensor], TrunkMaps] | None = None
+        self._compiled_head: Callable[[FrameMaps], Tensor] | None = None
+        self._recompute = False
         self.pca = self.vlad = self.gru = self.lstm = None
         width = size
         if config.temporal == "lstm-attention":
@@ -70,6 +76,20 @@ class TaVlad(nn.Module):
             self.pca.mean.copy_(words.pca.mean_D)
             self.pca.components.copy_(words.pca.components_PD)
 
+    def speed(self, *, compile: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
+        """How to compute, not what: `training.compile` and `training.recompute`. ValueError where nothing can be
+        compiled."""
+        device = self.classifier.weight.device
+        if compile:
+            require_compiler(device)
+        on_gpu = compile and device.type == "cuda"  # on a CPU the written-out gradients are quicker
+        self._compiled_late = compiled(self.trunk.late) if on_gpu else None
+        self._compiled_head = compiled(self.classify) if on_gpu else None
+        self._recompute = recompute
+        for frozen in (self._frozen_trunk, self._frozen_attention_trunk):
+            if frozen is not None:
+                frozen.compile = compile
+
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
         super().train(mode)
@@ -84,12 +104,12 @@ class TaVlad(nn.Module):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":
                 inputs = Features(random_frame(inputs.maps_BTDHW), None)
-            return self.classify(self.describe(inputs))
+            return self._head(self.describe(inputs))
         if self.training and self.config.temporal == "single-frame":
             inputs = random_frame(inputs)
-        logits_BA = self.classify(self.encode(inputs))
+        logits_BA = self._head(self.encode(inputs))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self.classify(self.encode(inputs.flip(-1)))) / 2
+            logits_BA = (logits_BA + self._head(self.encode(inputs.flip(-1)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
@@ -138,7 +158,7 @@ class TaVlad(nn.Module):
         if self.vlad is None:
             return self._score_frames(maps.descriptors_BTND)
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
-        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN)
+        vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN, self._gru_dtype())
         if self.config.dropout_place == "frame":
             vlad_BTKD = self.dropout(vlad_BTKD)
         clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
@@ -152,15 +172,23 @@ class TaVlad(nn.Module):
         with torch.autocast(video.device.type, enabled=False):
             return self.classifier(video)
 
+    def _head(self, maps: FrameMaps) -> Tensor:
+        return (self._compiled_head or self.classify)(maps)
+
     def _over_time(self, vlad_BTKD: Tensor) -> Tensor:
         """(B, T, K, D) → (B, K, U), or (B, K, D) without a GRU."""
         if self.gru is None:
             return sum_over_time(vlad_BTKD)
-        # In bf16 a state depends on how many clips are computed at once; scores must not.
-        device = vlad_BTKD.device.type
-        in_bf16 = self.training and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if in_bf16 else None
-        return gru_over_time(vlad_BTKD, self.gru, self.config.temporal_readout, dtype)
+        return gru_over_time(vlad_BTKD, self.gru, self.config.temporal_readout, self._gru_dtype())
+
+    def _gru_dtype(self) -> torch.dtype | None:
+        """What the GRU's products are computed in, None for the weights' own.
+
+        Lower in training alone: in bf16 a state depends on how many clips are computed at once; scores must not.
+        """
+        device = self.classifier.weight.device.type
+        is_mixed = self.gru is not None and self.training and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_mixed else None
 
     def _score_frames(self, places_BTND: Tensor) -> Tensor:
         """Logits from the frames' own scores, (B, T, N, D) → (B, A)."""
@@ -189,7 +217,12 @@ class TaVlad(nn.Module):
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
         if not learns:
             return frozen.maps(images_BCHW, num_frames)
-        return trunk.late(frozen.early(images_BCHW, num_frames))
+        assert trunk is self.trunk, "the second trunk never learns"
+        early_BEHW = frozen.early(images_BCHW, num_frames)
+        late = self._compiled_late or trunk.late
+        if self._recompute:
+            return checkpoint(late, early_BEHW, use_reentrant=False)
+        return late(early_BEHW)
 
 
 def _places(map_BTDHW: Float[Tensor, "B T D h w"]) -> Float[Tensor, "B T N D"]:

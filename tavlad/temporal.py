@@ -29,7 +29,7 @@ def gru_over_time(
     device = vlad_BTKD.device.type
     sequences_TSD = vlad_BTKD.transpose(0, 1).reshape(num_frames, num_clips * num_clusters, size)
     if device == "cpu" and torch.is_grad_enabled():
-        states_TSU = gru_states(sequences_TSD, gru, dtype)
+        states_TSU = gru_states(sequences_TSD, gru, dtype, last=readout == "last")
     else:
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             states_TSU = gru(sequences_TSD.transpose(0, 1))[0].transpose(0, 1)

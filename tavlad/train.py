@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from tavlad.ahead import batches_on
 from tavlad.checkpoint import TrainState
 from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
@@ -94,6 +95,7 @@ def fit(
     stage, number = plan.stage, plan.number
     train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
+    model.speed(compile=plan.training.compile, recompute=plan.training.recompute)
     optimizer = build_optimizer(model, stage, plan.training)
     resume = resume or TrainState(stage=number, next_epoch=0, optimizer=optimizer.state_dict())
     assert resume.stage == number, "a state resumes its own stage"
@@ -138,7 +140,7 @@ class _Epochs:
         started, num_before = time.perf_counter(), sums.clips
         self.model.train()
         batches = self.train.epoch(epoch + plan.number * _EPOCHS_APART, first)
-        for step, batch in enumerate(batches, start=first):
+        for step, batch in enumerate(batches_on(world.device, batches), start=first):
             # Dropout is a function of the step, so that resuming needs no generator state.
             torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
             loss = _step(self.model, self.optimizer, batch, plan.training, world, sums)

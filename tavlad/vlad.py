@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tavlad.residual_sums import residual_sums
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pca:
@@ -77,17 +79,28 @@ class Vlad(nn.Module):
         return nn.functional.linear(x_BTND, self.weight, self.bias).softmax(dim=-1)
 
     def forward(
-        self, x_BTND: Float[Tensor, "B T N D"], attention_BTN: Float[Tensor, "B T N"] | None = None
+        self,
+        x_BTND: Float[Tensor, "B T N D"],
+        attention_BTN: Float[Tensor, "B T N"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "B T K D"]:
         """`V(k) = sum_i a_k(x_i) (x_i - c_k)` for each frame, `a` weighted by the attention (Eq. 1, 3).
 
-        Written as `A^T x - (sum_i a) c`, so that no tensor of size B T N K D exists.
+        Written as `A^T x - (sum_i a) c`, so that no tensor of size B T N K D exists. Rounded to `dtype` (default: the
+        parameters' own) at the very end. In memory the frames come first, as the GRU takes them.
         """
         with torch.autocast(x_BTND.device.type, enabled=False):
             x_BTND = x_BTND.to(self.weight.dtype)
-            assign_BTNK = self.assign(x_BTND)
             if attention_BTN is not None:
-                assign_BTNK = assign_BTNK * attention_BTN.to(assign_BTNK.dtype)[..., None]
-            weighted_BTKD = torch.einsum("btnk,btnd->btkd", assign_BTNK, x_BTND)
-            mass_BTK = assign_BTNK.sum(dim=2)
-            return weighted_BTKD - mass_BTK[..., None] * self.centres
+                attention_BTN = attention_BTN.to(self.weight.dtype)
+            dtype = dtype or self.weight.dtype
+            if torch.compiler.is_compiling():  # which fuses by itself, and exports no loop over clips
+                return self._plain(x_BTND, attention_BTN).to(dtype)
+            return residual_sums(x_BTND, attention_BTN, self.weight, self.bias, self.centres, dtype)
+
+    def _plain(self, x_BTND: Tensor, attention_BTN: Tensor | None) -> Tensor:
+        assign_BTNK = self.assign(x_BTND)
+        if attention_BTN is not None:
+            assign_BTNK = assign_BTNK * attention_BTN[..., None]
+        weighted_BTKD = torch.einsum("btnk,btnd->btkd", assign_BTNK, x_BTND)
+        return weighted_BTKD - assign_BTNK.sum(dim=2)[..., None] * self.centres

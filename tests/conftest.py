@@ -1,11 +1,13 @@
 """Fixtures of every room. Shape annotations are checked at run time here, and only here."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
 
 jaxtyping.install_import_hook(["tavlad", "shards"], "beartype.beartype")
@@ -52,8 +54,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What kills, damages or rehearses is slow, whether it says so or not; and the longest begins first."""
+    """What kills, damages or rehearses is slow, whether it says so or not; the longest begins first; what needs a GPU
+    is skipped without one."""
+    has_gpu = torch.cuda.is_available() or os.environ.get("FAIL_WITHOUT_GPU") == "1"
     for item in items:
+        if item.get_closest_marker("needs_gpu") is not None and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; FAIL_WITHOUT_GPU=1 makes that an error"))
         if item.get_closest_marker("chaos") is not None or item.get_closest_marker("long") is not None:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(name in _text_of(item.nodeid.partition("::")[0]) for name in _SERVED))

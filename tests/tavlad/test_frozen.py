@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tavlad.frozen
 from tavlad.backbone import TrunkNetwork, build_trunk
 from tavlad.frozen import FrozenTrunk, fold, normalise
 
@@ -61,3 +62,27 @@ def test_maps_of_a_clip_do_not_depend_on_the_clips_beside_it(precision: torch.dt
         together, alone = frozen.maps(images, 3), frozen.maps(images[3:], 3)
     assert together.pre_relu_BDHW.dtype == precision
     assert torch.equal(together.pre_relu_BDHW[3:], alone.pre_relu_BDHW)
+
+
+def test_steps_of_the_last_block_fold_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = _lived_in("resnet18")
+    trunk.requires_grad_(False)
+    learned = trunk.last_block_convs()[0]
+    learned.requires_grad_(True)
+    frozen, images = FrozenTrunk(trunk), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    before, stale = frozen.early(images, 2), frozen.maps(images, 2).post_relu_BDHW
+    counted: list[TrunkNetwork] = []
+    monkeypatch.setattr(tavlad.frozen, "fold", lambda each: counted.append(each) or fold(each))
+    with torch.no_grad():
+        learned.weight.mul_(1.5)
+    assert torch.equal(frozen.early(images, 2), before)
+    assert not counted
+    with torch.no_grad():
+        expected = trunk.maps(normalise(trunk, images, torch.float32)).post_relu_BDHW
+    found = frozen.maps(images, 2).post_relu_BDHW
+    assert len(counted) == 1
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - stale).abs().max() > 1e-2 * stale.abs().max()
+    with torch.no_grad():
+        trunk.conv1.weight.mul_(1.5)
+    assert not torch.equal(frozen.early(images, 2), before), "weights below the last block are seen when they change"

@@ -42,3 +42,18 @@ def test_input_without_gradient_gets_none() -> None:
     gru_states(x_TSD, gru).sum().backward()
     assert x_TSD.grad is None
     assert gru.weight_ih_l0.grad is not None
+
+
+def test_last_state_alone_has_the_gradients_of_the_last_of_all() -> None:
+    torch.manual_seed(0)
+    gru, x_TSD = nn.GRU(D, U).double(), torch.randn(T, S, D, dtype=torch.float64, requires_grad=True)
+    last, every = gru_states(x_TSD, gru, last=True), gru_states(x_TSD, gru)
+    assert torch.equal(last[0], every[-1])
+    for of_last, of_every in zip(_gradients(last[0], gru, x_TSD), _gradients(every[-1], gru, x_TSD), strict=True):
+        torch.testing.assert_close(of_last, of_every, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_are_the_slopes(last: bool) -> None:
+    gru, x_TSD = nn.GRU(3, 2).double(), torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *_: gru_states(x_TSD, gru, last=last), (x_TSD, *gru.parameters()))

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Everything about a GPU in under 9 minutes: the tests that need one, then every measurement, into one JSON.
+#
+#   benchmarks/gpu.sh [--set FOLDER] [--out FILE]     on a machine with a GPU
+#   benchmarks/gpu.sh --smoke                         the same in small, on a CPU: does all of it run?
+#   benchmarks/gpu.sh --schedule --set FOLDER         only the whole schedule, 50 + 30 epochs (about 10 minutes)
+#
+# FOLDER is a packed set, made anywhere by `python -m benchmarks.shard_sets FOLDER`. PYTHON names the interpreter
+# (default: .venv/bin/python where there is one, else python3); of packages it needs torch, torchvision, jaxtyping,
+# scikit-learn, safetensors, psutil and pyarrow, for the tests pytest as well. Ray, MLflow and S3 are not needed.
+set -eu
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}
+case " $* " in
+*" --smoke "* | *" --schedule "*) ;;
+*) FAIL_WITHOUT_GPU=1 timeout 120 "$PYTHON" -m pytest -q -m needs_gpu tests/tavlad/test_gpu.py || echo "GPU tests failed" >&2 ;;
+esac
+exec "$PYTHON" benchmarks/gpu.py "$@"
