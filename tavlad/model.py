@@ -217,9 +217,8 @@ class TaVlad(nn.Module):
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
         if not learns:
             return frozen.maps(images_BCHW, num_frames)
-        assert trunk is self.trunk, "the second trunk never learns"
         early_BEHW = frozen.early(images_BCHW, num_frames)
-        late = self._compiled_late or trunk.late
+        late = self._compiled_late if self._compiled_late is not None and trunk is self.trunk else trunk.late
         if self._recompute:
             return checkpoint(late, early_BEHW, use_reentrant=False)
         return late(early_BEHW)
