@@ -12,6 +12,7 @@ their own. One long file, so that what is compared can be seen at once.
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -127,17 +128,36 @@ def ours_from_disk(bench: Bench) -> Figures:
     return _ours(bench, bench.local, None)
 
 
-def ours_warm(bench: Bench) -> Figures:
+def _filled_cache(bench: Bench) -> DiskCache:
     cache = DiskCache(folder=bench.folder / "cache", max_bytes=10**10, set_name="bench")
     table = load_index(bench.local).clips_table
     for place, clip in zip(map(table.place, range(len(table))), bench.clips, strict=True):
         cache.put(place.sha256, clip)
-    return _ours(bench, bench.remote, cache)
+    return cache
+
+
+def ours_warm(bench: Bench) -> Figures:
+    return _ours(bench, bench.remote, _filled_cache(bench))
 
 
 def ours_cold(bench: Bench) -> Figures:
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         return _ours(bench, bench.remote, _ColdCache(folder=Path(folder), max_bytes=10**10, set_name="bench"))
+
+
+def _read_for_ever(bench: Bench, seed: int, cache: DiskCache, done: Any) -> None:
+    torch.set_num_threads(1)
+    options = LoaderOptions(batch_size=BATCH, seed=seed, crop=bench.crop, augment=True, shuffle=True, num_threads=0)
+    loader = ClipLoader(_long(load_index(bench.local)), bench.remote, 1, "train", options, cache=cache)
+    for batch in itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count()):
+        with done.get_lock():
+            done.value += len(batch.keys)
+
+
+def ours_in_processes(bench: Bench) -> Figures:
+    """What would be gained at most if processes read in the threads' place: their batches go nowhere."""
+    cache = _filled_cache(bench)
+    return _count_of(bench, lambda first, done: (_read_for_ever, (bench, first, cache, done)))
 
 
 # --- the limit
@@ -158,11 +178,15 @@ def _decode_for_ever(clips: Sequence[bytes], first: int, done: Any) -> None:
 
 
 def limit(bench: Bench) -> Figures:
-    clips, done = bench.clips, multiprocessing.Value("l", 0)
-    workers = [
-        multiprocessing.Process(target=_decode_for_ever, args=(clips, first * 7, done), daemon=True)
-        for first in range(bench.processes)
-    ]
+    clips = bench.clips
+    return _count_of(bench, lambda first, done: (_decode_for_ever, (clips, first * 7, done)))
+
+
+def _count_of(bench: Bench, work: Callable[[int, Any], tuple[Callable[..., None], tuple[Any, ...]]]) -> Figures:
+    """The clips that processes count together."""
+    done = multiprocessing.Value("l", 0)
+    works = [work(first, done) for first in range(bench.processes)]
+    workers = [multiprocessing.Process(target=target, args=told, daemon=True) for target, told in works]
     for worker in workers:
         worker.start()
     while done.value < WARM_UP * BATCH:
@@ -358,6 +382,7 @@ VARIANTS: dict[str, Callable[[Bench], Figures]] = {
     "tavlad, local disk": ours_from_disk,
     "tavlad, S3, node's cache warm": ours_warm,
     "tavlad, S3, node's cache cold": ours_cold,
+    "tavlad, warm, processes for threads": ours_in_processes,
     "webdataset + PIL, local disk": webdataset_from_disk,
     "webdataset + PIL, S3": webdataset_from_s3,
     "mosaicml-streaming, local disk": mosaicml_streaming,
