@@ -83,7 +83,8 @@ class _States(torch.autograd.Function):
         gradients = (
             d_given_MG.T @ x_TSD.flatten(0, 1),
             d_hidden_MG.T @ states_TSU.flatten(0, 1),
-            d_given_MG.sum(dim=0, dtype=exact),
-            d_hidden_MG.sum(dim=0, dtype=exact),
+            # Summed exactly and rounded at the end; asked for the exact type, it would copy all of it first.
+            d_given_MG.sum(dim=0),
+            d_hidden_MG.sum(dim=0),
         )
         return d_x_TSD, *(gradient.to(exact) for gradient in gradients), None
