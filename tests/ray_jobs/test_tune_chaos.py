@@ -1,7 +1,11 @@
-"""A sweep on real clips whose trial and driver are killed with -9: the same trials, the same results, none twice."""
+"""A sweep on real clips that is interrupted, by kill -9 or Ctrl-C: the same trials, the same results, none twice."""
 
 import json
+import os
+import pty
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -145,3 +149,55 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
     _tavlad(*sweep)
     assert _results(_over(store)) == _results(killed)
     until(lambda: not _placement_groups_left(), 60)
+
+
+def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sweep: list[str]) -> None:
+    """On a terminal, where a table shows the trials while they run."""
+    sweep = [*sweep, "--set", "training.seed=5"]  # no other test's trials
+    store = open_store(local_site.sweeps_uri, local_site.s3)
+    others = _over(store)
+    reader, terminal = pty.openpty()
+    size = {"COLUMNS": "160", "LINES": "60", "TERM": "xterm"}
+    command = [sys.executable, "-m", "ray_jobs.cli", *sweep]
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | size) as driver:
+        os.close(terminal)
+        try:
+            shown = _read(reader, until_shown=r"[1-7] of 8 trials are over, best \d")
+            driver.send_signal(signal.SIGINT)
+            said = _read(reader)
+        finally:
+            driver.kill()
+        os.close(reader)
+    assert driver.returncode == 130, said
+    for column in ("trial", "state", "epoch", "held-out", "stage1.lr", "model.gru_width"):
+        assert column in shown
+    assert "running" in shown
+    assert "left" in shown
+    assert re.search(r"best so far: held-out \d+\.\d% with lr ", said)
+    assert "trials are over; the same command goes on" in said
+    until(lambda: not actors_of(local_site, _TRIAL), 60)
+    until(lambda: not _placement_groups_left(), 60)
+
+    before = {path: trial for path, trial in _over(store).items() if path not in others}
+    assert 0 < len(before) < 8
+    document = _tavlad(*sweep)
+    assert document["trials"] == 8
+    after = {path: trial for path, trial in _over(store).items() if path not in others}
+    assert len(after) == 8
+    assert {path: after[path] for path in before} == before
+
+
+def _read(terminal: int, until_shown: str = "") -> str:
+    """What a program shows, until it shows something or, by default, ends."""
+    shown, deadline = "", time.monotonic() + 300
+    while not (until_shown and re.search(until_shown, shown)):
+        assert time.monotonic() < deadline, shown
+        try:
+            content = os.read(terminal, 1 << 16)
+        except OSError:  # how Linux says that nobody has the terminal any more
+            content = b""
+        if not content:
+            assert not until_shown, shown
+            break
+        shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", content.decode(errors="replace"))
+    return shown
