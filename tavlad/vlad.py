@@ -73,13 +73,8 @@ class Vlad(nn.Module):
         self.bias.copy_(-alpha * centres_KD.square().sum(dim=1))
 
     def assign(self, x_BTND: Float[Tensor, "B T N D"]) -> Float[Tensor, "B T N K"]:
-        """`softmax_k(W_k x + B_k)`: how much each descriptor belongs to each cluster.
-
-        What is below the rounding of 1 counts as nothing, so that the frame's VLAD is exactly zero for a cluster that
-        none of its descriptors belongs to: the GRU has nothing to multiply there.
-        """
-        assign_BTNK = nn.functional.linear(x_BTND, self.weight, self.bias).softmax(dim=-1)
-        return torch.where(assign_BTNK > torch.finfo(assign_BTNK.dtype).eps, assign_BTNK, 0.0)
+        """`softmax_k(W_k x + B_k)`: how much each descriptor belongs to each cluster."""
+        return nn.functional.linear(x_BTND, self.weight, self.bias).softmax(dim=-1)
 
     def forward(
         self, x_BTND: Float[Tensor, "B T N D"], attention_BTN: Float[Tensor, "B T N"] | None = None

@@ -26,34 +26,6 @@ def test_states_and_gradients_are_those_of_torchs_gru(dtype: torch.dtype, tolera
         torch.testing.assert_close(of_found, of_expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("wants_input_gradient", [False, True])
-def test_what_is_zero_is_skipped_and_nothing_else_changes(wants_input_gradient: bool) -> None:
-    """Sequences that begin late, pause, or never have any input."""
-    torch.manual_seed(0)
-    gru = nn.GRU(D, U, batch_first=True).double()
-    x_STD = torch.randn(S, T, D, dtype=torch.float64)
-    for sequence, (begin, pause) in enumerate([(0, 2), (3, 4), (T, 0), (1, 1), (T, 0), (T - 1, 0)]):
-        x_STD[sequence, :begin] = 0
-        x_STD[sequence, pause] = 0
-    x_STD.requires_grad_(wants_input_gradient)
-    expected, found = gru(x_STD)[0].transpose(0, 1), gru_states(x_STD.transpose(0, 1), gru)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    inputs = [*gru.parameters(), *([x_STD] if wants_input_gradient else [])]
-    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).reshape(expected.shape)
-    of_found, of_expected = (torch.autograd.grad((each * weights).sum(), inputs) for each in (found, expected))
-    for one, other in zip(of_found, of_expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-def test_nothing_but_zeros_is_one_sequence() -> None:
-    gru = nn.GRU(D, U)
-    found = gru_states(torch.zeros(T, S, D), gru)
-    torch.testing.assert_close(found, gru(torch.zeros(T, S, D))[0])
-    found.sum().backward()
-    assert gru.weight_ih_l0.grad is not None
-    assert not gru.weight_ih_l0.grad.any()
-
-
 def test_products_in_bf16_stay_near_the_exact_ones() -> None:
     torch.manual_seed(0)
     gru, x_STD = nn.GRU(64, 32, batch_first=True), torch.randn(S, 25, 64, requires_grad=True)
