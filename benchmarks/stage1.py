@@ -1,9 +1,12 @@
 """Stage 1 from features and from frames, side by side: seconds a clip and epoch, and what a sweep of 9 trials costs.
 
 python benchmarks/stage1.py VIDEOS [--clips 16] [--repeats 3] [--trunk resnet34]
+python benchmarks/stage1.py VIDEOS --clips 4 --repeats 1 --epochs 1 --views 2    # whether it runs
 
 VIDEOS is a folder per action. Rounds are interleaved, medians are shown. "arithmetic" is the ratio of multiplications:
-what a machine without any overhead would give.
+what a machine without any overhead would give. The trunk has random weights; the visual words are learned from its
+maps, as in a training. About 6 minutes on 2 idle cores. On a machine that others use, `--threads 1` gives truer ratios:
+threads that wait for each other cost the small operators of stage 1 more than the trunk's large ones.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -30,14 +33,23 @@ from shards.plan import PackOptions, plan_packing
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, open_store
 from shards.transforms import views_of
-from tavlad.config import ModelConfig, StageConfig, TrainingConfig
+from tavlad.codebook import descriptors_of, learn_words, sample_maps
+from tavlad.config import CodebookConfig, ModelConfig, StageConfig, TrainingConfig
 from tavlad.frozen import normalise
 from tavlad.model import TaVlad
 from tavlad.train import Batches, Listeners, StagePlan, fit
 from tavlad.trunk import TrunkMaps, TrunkNetwork
+from tavlad.vlad import VisualWords
 
 BATCH_SIZE, CROP = 8, 224
-GMAC_TRUNK, GMAC_HEAD = 92.0, 2.9  # of a clip: ResNet-34 forward; GRU and VLAD forward and backward (METHOD, "Facts")
+GMAC_TRUNK = 92.0  # of a clip: ResNet-34 forward
+WIDTHS, RATES = (64, 128, 256), (3e-3, 1e-2, 3e-2)
+
+
+def _gmac_head(config: ModelConfig, size: int = 512, frames: int = 25, places: int = 49) -> float:
+    """Of a clip in stage 1: VLAD forward; the GRU's two products forward, their weights' gradients, and the states'."""
+    width, sequences = config.gru_width, frames * config.num_clusters
+    return sequences * (3 * width * (2 * size + 3 * width) + 2 * places * size) / 1e9
 
 
 class _PlainTrunk:
@@ -52,13 +64,18 @@ class _PlainTrunk:
         return self._trunk.maps(normalise(self._trunk, images_BCHW, torch.float32).contiguous())
 
 
-def _model(config: ModelConfig, num_actions: int) -> TaVlad:
+def _model(config: ModelConfig, num_actions: int, words: VisualWords | None = None) -> TaVlad:
     torch.manual_seed(0)
     model = TaVlad(config, num_actions)
-    assert model.vlad is not None
-    centres_KD = torch.nn.functional.normalize(torch.randn_like(model.vlad.centres), dim=1)
-    model.vlad.initialise(centres_KD, config.alpha)
+    if words is not None:
+        model.initialise(words)
     return model
+
+
+def _words(config: ModelConfig, num_actions: int, loader: ClipLoader) -> VisualWords:
+    """Of as many frames as give a few hundred descriptors a word."""
+    maps = sample_maps(_model(config, num_actions), loader.epoch(0), CodebookConfig(frames_per_video=8), 0, "bf16")
+    return learn_words(descriptors_of(maps), config, seed=0)
 
 
 def _pack(videos: Path, num_clips: int, store: Store) -> Index:
@@ -125,20 +142,34 @@ def _head_share(model: TaVlad, features: FeatureBatches) -> float:
     return statistics.median(seconds) / whole
 
 
-def _sweep(index: Index, store: Store, features: Store, cache: DiskCache, trunk: str) -> tuple[float, float]:
-    """Seconds of one stage 1 of 10 epochs from frames, and of 9 of them from 8 views of features, filling included."""
-    config = ModelConfig(trunk=trunk, weights="none")
-    frames = _train(_model(config, len(index.actions)), _loader(index, store, 40, cache), "bf16", epochs=10)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Swept:
+    """Seconds of a sweep and of what it is compared with."""
+
+    frames: float
+    """One stage 1 from frames."""
+    filling: float
+    trials: float
+    """Nine stages 1 from features."""
+
+
+def _sweep(
+    index: Index, store: Store, features: Store, cache: DiskCache, words: VisualWords, options: argparse.Namespace
+) -> _Swept:
+    config, actions = ModelConfig(trunk=options.trunk, weights="none"), len(index.actions)
+    epochs = options.epochs
+    frames = _train(_model(config, actions, words), _loader(index, store, 40, cache), "bf16", epochs=epochs)
     started = time.perf_counter()
-    loader = _loader(index, store, 8, cache)
-    model = _model(config, len(index.actions))
+    loader = _loader(index, store, options.views, cache)
+    model = _model(config, actions)
     features_set = _features(model, index, features, "bf16")
     extract = Extractor(model, torch.device("cpu"), "bf16")
-    _fill(features_set, loader, extract, 8)
-    for lr, width in product((3e-3, 1e-2, 3e-2), (64, 128, 256)):
-        trial = _model(replace(config, gru_width=width), len(index.actions))
-        _train(trial, FeatureBatches(loader, features_set, 1, extract, cache), "bf16", epochs=10, lr=lr)
-    return frames, time.perf_counter() - started
+    _fill(features_set, loader, extract, options.views)
+    filled = time.perf_counter()
+    for lr, width in product(RATES, WIDTHS):
+        trial = _model(replace(config, gru_width=width), actions, words)
+        _train(trial, FeatureBatches(loader, features_set, 1, extract, cache), "bf16", epochs=epochs, lr=lr)
+    return _Swept(frames=frames, filling=filled - started, trials=time.perf_counter() - filled)
 
 
 def main() -> None:
@@ -147,16 +178,21 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trunk", default="resnet34")
+    parser.add_argument("--epochs", type=int, default=10, help="of each training of the sweep")
+    parser.add_argument("--views", type=int, default=8, help="that the sweep's features hold of a clip")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
         root = Path(folder)
         store = open_store(str(root / "set"))
         index = _pack(options.videos.absolute(), options.clips, store)
         cache = DiskCache(folder=root / "cache", max_bytes=10**11, set_name=index.fingerprint)
         config, num_clips = ModelConfig(trunk=options.trunk, weights="none"), len(index.clips_table)
-        plain, fast, stored = (_model(config, len(index.actions)) for _ in range(3))
-        plain._frozen_trunk = _PlainTrunk(plain.trunk)  # type: ignore[assignment]
         loader = _loader(index, store, 1, cache)
+        words = _words(config, len(index.actions), loader)
+        plain, fast, stored = (_model(config, len(index.actions), words) for _ in range(3))
+        plain._frozen_trunk = _PlainTrunk(plain.trunk)  # type: ignore[assignment]
         features = _features(stored, index, open_store(str(root / "features")), "bf16")
         extract = Extractor(stored, torch.device("cpu"), "bf16")
         _fill(features, loader, extract, 1)
@@ -164,7 +200,7 @@ def main() -> None:
         runs: dict[str, Callable[[], float]] = {
             "frames, float32, plain": lambda: _train(plain, loader, "float32"),
             "frames, bf16, folded, channels last": lambda: _train(fast, loader, "bf16"),
-            "features, float16": lambda: _train(stored, batches, "bf16"),
+            _STORED: lambda: _train(stored, batches, "bf16"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(options.repeats + 1):
@@ -175,18 +211,36 @@ def main() -> None:
         assert batches.num_computed == 0, "everything was stored"
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         share = _head_share(stored, batches)
-        frames, sweep = _sweep(index, store, open_store(str(root / "swept")), cache, options.trunk)
-    from_features = medians["features, float16"]
-    print("| stage 1, one epoch | s a clip | features are quicker by |")
-    print("|---|---|---|")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.4f} | {median / from_features:.1f}x |")
-    limit = (GMAC_TRUNK + GMAC_HEAD) / GMAC_HEAD
-    print(f"\narithmetic: {limit:.0f}x; GRU and classifier take {share:.0%} of a step from features")
-    print(f"9 trials of 10 epochs, filling 8 views included: {sweep:.0f} s, {sweep / frames:.2f} times one from frames")
+        _print_epochs(medians, config, share)
+        swept = _sweep(index, store, open_store(str(root / "swept")), cache, words, options)
+    _print_sweep(swept, config, options)
     facts = {"clips": num_clips, "trunk": options.trunk, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    result = {"seconds_per_clip": medians, "head_share": share, "sweep_seconds": sweep, "one_from_frames": frames}
-    print(json.dumps(facts | result))
+    print(json.dumps(facts | {"seconds_per_clip": medians, "head_share": share, "sweep": asdict(swept)}))
+
+
+_STORED = "features, float16"
+
+
+def _print_epochs(medians: dict[str, float], config: ModelConfig, share: float) -> None:
+    head = _gmac_head(config)
+    limit = (GMAC_TRUNK + head) / head
+    print("| stage 1, one epoch | s a clip | features are quicker by | arithmetic |")
+    print("|---|---|---|---|")
+    for name, median in medians.items():
+        bound = "" if name == _STORED else f"{limit:.0f}x"
+        print(f"| {name} | {median:.4f} | {median / medians[_STORED]:.1f}x | {bound} |")
+    print(f"\nGRU and classifier take {share:.0%} of a step from features", flush=True)
+
+
+def _print_sweep(swept: _Swept, config: ModelConfig, options: argparse.Namespace) -> None:
+    heads = [_gmac_head(replace(config, gru_width=width)) for width in WIDTHS]
+    one = options.epochs * (GMAC_TRUNK + _gmac_head(config))
+    limit = (options.views * GMAC_TRUNK + options.epochs * len(RATES) * sum(heads)) / one
+    print(
+        f"9 trials of {options.epochs} epochs: filling {options.views} views {swept.filling:.0f} s, trials "
+        f"{swept.trials:.0f} s; together {(swept.filling + swept.trials) / swept.frames:.2f} times one from frames "
+        f"({swept.frames:.0f} s), by arithmetic {limit:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def gru_over_time(
     num_clips, num_frames, num_clusters, size = vlad_BTKD.shape
     device = vlad_BTKD.device.type
     sequences_TSD = vlad_BTKD.transpose(0, 1).reshape(num_frames, num_clips * num_clusters, size)
-    if device == "cpu" and torch.is_grad_enabled():
+    # An exported graph is the plain one.
+    if device == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         states_TSU = gru_states(sequences_TSD, gru, dtype, last=readout == "last")
     else:
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):

@@ -1,8 +1,11 @@
-"""A sweep on real clips whose trial and driver are killed with -9: the same trials, the same results, none twice."""
+"""A sweep on real clips that is interrupted, by kill -9 or Ctrl-C: the same trials, the same results, none twice."""
 
 import json
+import os
+import pty
 import random
-import shutil
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +20,7 @@ from mlflow import MlflowClient
 from infra import process
 from infra.site import Site
 from shards.store import Store, open_store
+from tests.ray_jobs.test_end_to_end import packed, real_videos  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
@@ -34,6 +38,9 @@ _TINY = [
 ]
 
 
+_TRIAL = "ImplicitFunc"  # what Ray Tune calls the actor of a function that is a trial
+
+
 def _tavlad(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "ray_jobs.cli", "--json", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
@@ -42,23 +49,14 @@ def _tavlad(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def sweep(local_site: Site, shared_data: Path, tmp_path: Path) -> list[str]:
+def sweep(packed: dict[str, Any], tmp_path: Path) -> list[str]:  # noqa: F811
     """A grid of eight trials over three actions of Weizmann, as the command's arguments."""
-    (tmp_path / "splits").mkdir()
-    for action in ("bend", "jack", "wave2"):
-        shutil.copytree(shared_data / "weizmann" / "videos" / action, tmp_path / "videos" / action)
-        for path in (shared_data / "weizmann" / "splits_hmdb_format").glob(f"{action}_test_split*.txt"):
-            shutil.copy(path, tmp_path / "splits" / path.name)
-    _tavlad(
-        *("pack", str(tmp_path / "videos"), "--name", "swept", "--layout", "hmdb51"),
-        *("--splits", str(tmp_path / "splits"), "--num-frames", "8", "--short-side", "96"),
-    )
     (tmp_path / "space.toml").write_text(_SPACE)
     space = ["--space", str(tmp_path / "space.toml"), "--search", "grid", "--scheduler", "none", "--finalists", "0"]
-    return ["tune", "demo", "--dataset", "swept", *space, *_TINY]
+    return ["tune", "demo", "--dataset", "real", *space, *_TINY]
 
 
-def _until(holds: Callable[[], Any], seconds: float = 240) -> Any:
+def until(holds: Callable[[], Any], seconds: float = 240) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < deadline, "it did not come to that"
@@ -79,14 +77,14 @@ def _results(trials: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _trial_processes(site: Site) -> list[psutil.Process]:
-    """The actors of this test's own cluster in which trials run."""
+def actors_of(site: Site, name: str) -> list[psutil.Process]:
+    """The actors of a class, of this test's own cluster."""
     cluster = {member.pid for member in process.members(f"{site.state}:ray")}
     found: list[psutil.Process] = []
     for each in psutil.process_iter():
         try:
-            is_trial = "ImplicitFunc" in " ".join(each.cmdline())
-            if is_trial and cluster & {parent.pid for parent in each.parents()}:
+            is_actor = name in " ".join(each.cmdline())
+            if is_actor and cluster & {parent.pid for parent in each.parents()}:
                 found.append(each)
         except psutil.Error:
             continue
@@ -112,14 +110,15 @@ def _placement_groups_left() -> int:
 def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[str]) -> None:
     store = open_store(local_site.sweeps_uri, local_site.s3)
     command = [sys.executable, "-m", "ray_jobs.cli", *sweep]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _until(lambda: [path for path in store.list() if "/checkpoints/" in path])
-    _until(lambda: _trial_processes(local_site))[0].kill()
-    before = _until(lambda: _over(store))
-    time.sleep(random.uniform(0, 3))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        try:
+            until(lambda: [path for path in store.list() if "/checkpoints/" in path])
+            until(lambda: actors_of(local_site, _TRIAL))[0].kill()
+            until(lambda: _over(store))
+            time.sleep(random.uniform(0, 3))
+        finally:
+            driver.kill()
     before = _over(store)
-    driver.kill()
-    driver.wait()
     assert 0 < len(before) < 8, "killed in between"
 
     document = _tavlad(*sweep)
@@ -132,7 +131,7 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
     assert not [path for path in store.list() if "/checkpoints/" in path]
 
     client = MlflowClient(local_site.mlflow_uri)
-    experiment = client.get_experiment_by_name("tavlad/swept")
+    experiment = client.get_experiment_by_name("tavlad/real")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=100)
     (parent,) = [run for run in runs if run.data.tags["kind"] == "sweep"]
@@ -149,4 +148,56 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
         store.delete(path)
     _tavlad(*sweep)
     assert _results(_over(store)) == _results(killed)
-    _until(lambda: not _placement_groups_left(), 60)
+    until(lambda: not _placement_groups_left(), 60)
+
+
+def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sweep: list[str]) -> None:
+    """On a terminal, where a table shows the trials while they run."""
+    sweep = [*sweep, "--set", "training.seed=5"]  # no other test's trials
+    store = open_store(local_site.sweeps_uri, local_site.s3)
+    others = _over(store)
+    reader, terminal = pty.openpty()
+    size = {"COLUMNS": "160", "LINES": "60", "TERM": "xterm"}
+    command = [sys.executable, "-m", "ray_jobs.cli", *sweep]
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=os.environ | size) as driver:
+        os.close(terminal)
+        try:
+            shown = _read(reader, until_shown=r"[1-7] of 8 trials are over, best \d")
+            driver.send_signal(signal.SIGINT)
+            said = _read(reader)
+        finally:
+            driver.kill()
+        os.close(reader)
+    assert driver.returncode == 130, said
+    for column in ("trial", "state", "epoch", "held-out", "stage1.lr", "model.gru_width"):
+        assert column in shown
+    assert "running" in shown
+    assert "left" in shown
+    assert re.search(r"best so far: held-out \d+\.\d% with lr ", said)
+    assert "trials are over; the same command goes on" in said
+    until(lambda: not actors_of(local_site, _TRIAL), 60)
+    until(lambda: not _placement_groups_left(), 60)
+
+    before = {path: trial for path, trial in _over(store).items() if path not in others}
+    assert 0 < len(before) < 8
+    document = _tavlad(*sweep)
+    assert document["trials"] == 8
+    after = {path: trial for path, trial in _over(store).items() if path not in others}
+    assert len(after) == 8
+    assert {path: after[path] for path in before} == before
+
+
+def _read(terminal: int, until_shown: str = "") -> str:
+    """What a program shows, until it shows something or, by default, ends."""
+    shown, deadline = "", time.monotonic() + 300
+    while not (until_shown and re.search(until_shown, shown)):
+        assert time.monotonic() < deadline, shown
+        try:
+            content = os.read(terminal, 1 << 16)
+        except OSError:  # how Linux says that nobody has the terminal any more
+            content = b""
+        if not content:
+            assert not until_shown, shown
+            break
+        shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", content.decode(errors="replace"))
+    return shown
