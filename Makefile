@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos fuzz rehearsal fresh-model screenshots check format install lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal fresh-model screenshots check format install lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -12,14 +12,17 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## render videos (or VIDEOS=DIR), pack, train, register, predict, report
 	@$(BIN)/tavlad demo $(if $(VIDEOS),--videos "$(VIDEOS)")
 
-test: $(INSTALLED)  ## the whole suite but chaos
-	@$(BIN)/python -m pytest -m "not chaos"
+test: $(INSTALLED)  ## the whole suite but chaos and the long rehearsals
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not chaos and not long"
 
 test-fast: $(INSTALLED)  ## the suite without the slow tests
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing is lost
 	@$(BIN)/python -m pytest -m chaos
+
+long: $(INSTALLED)  ## rehearsals of minutes: a reproduction of the paper, of what is missing, and again
+	@$(BIN)/python -m pytest -m "long and not chaos"
 
 fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
 	@TAVLAD_FUZZ_CASES=2000 $(BIN)/python -m pytest --timeout 1800 tests/test_fuzz.py tests/test_fuzz_serve.py

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from torch.nn.functional import normalize
 
 from tavlad.clip import ClipBatch
@@ -100,6 +98,8 @@ def find_pca(descriptors: Float32[np.ndarray, "M D"], size: int, seed: int) -> P
             f"{len(descriptors)} descriptors cannot give {size} directions: lower model.descriptor_pca, or raise "
             "codebook.frames and codebook.frames_per_video"
         )
+    from sklearn.decomposition import PCA  # here, as its import takes seconds that a training has no use for
+
     fitted = PCA(n_components=size, random_state=seed).fit(descriptors)
     return Pca(
         mean_D=torch.from_numpy(np.asarray(fitted.mean_, dtype=np.float32)),
@@ -114,5 +114,7 @@ def find_centres(descriptors: Float32[np.ndarray, "M D"], num_clusters: int, see
             f"{len(descriptors)} descriptors cannot make {num_clusters} clusters: lower model.num_clusters, or raise "
             "codebook.frames and codebook.frames_per_video"
         )
+    from sklearn.cluster import KMeans
+
     kmeans = KMeans(n_clusters=num_clusters, random_state=seed).fit(descriptors)
     return torch.from_numpy(np.asarray(kmeans.cluster_centers_, dtype=np.float32))

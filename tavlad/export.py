@@ -60,7 +60,7 @@ def export(
     example = _noise(card, _CLIPS_OF_EXAMPLE)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with _quiet():
+    with _quiet(), torch.no_grad():  # else what is kept is how the model is trained
         exported = torch.export.export(program, (example,), dynamic_shapes=({0: torch.export.Dim("clips", min=1)},))
         if kind == "pt2":
             torch.export.save(exported, partial, extra_files={_CARD: _text_of(card)})

@@ -1,4 +1,3 @@
 """Fixtures of this room."""
 
-from tests.fixtures_models import small_model  # noqa: F401
-from tests.mlflow_server import mlflow_server  # noqa: F401
+from tests.fixtures_verbs import lab, packed_clips, real_videos, trained  # noqa: F401

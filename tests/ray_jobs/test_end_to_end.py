@@ -7,111 +7,27 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load
 
 from infra.site import Site
 from shards.store import Store, open_store
+from tests.fixtures_verbs import ACTIONS, SHORT, TRAIN, Trained, final_weights, names_of_runs, runs_of, tavlad
 
 pytestmark = pytest.mark.slow
 
-_ACTIONS = ("bend", "jack", "wave2")
-_SHORT = [
-    *("--set", "stage1.epochs=3", "--set", "stage2.epochs=1", "--set", "training.batch_size=8"),
-    *("--set", "training.crop=64", "--set", "model.num_clusters=4", "--set", "model.gru_width=16"),
-    *("--set", "stage1.features=never"),  # "auto" depends on what is stored when a training begins
-]
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command printed and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        return json.loads(self.out.splitlines()[-1])
-
-
-def tavlad(*arguments: str, **environment: str) -> Said:
-    command = [sys.executable, "-m", "ray_jobs.cli", *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=os.environ | environment, check=False
-    )
-    return Said(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="session")
-def real_videos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three actions of Weizmann with their split files in HMDB51's format: folders `videos` and `splits`."""
-    folder = tmp_path_factory.mktemp("weizmann")
-    (folder / "splits").mkdir()
-    for action in _ACTIONS:
-        shutil.copytree(shared_data / "weizmann" / "videos" / action, folder / "videos" / action)
-        for path in (shared_data / "weizmann" / "splits_hmdb_format").glob(f"{action}_test_split*.txt"):
-            shutil.copy(path, folder / "splits" / path.name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def packed(local_site: Site, real_videos: Path) -> dict[str, Any]:
-    """These clips as a set on the embedded S3 server."""
-    return tavlad(
-        *("--json", "pack", str(real_videos / "videos"), "--name", "real", "--layout", "hmdb51"),
-        *("--splits", str(real_videos / "splits"), "--num-frames", "8", "--short-side", "96"),
-    ).document
-
-
-def _runs(site: Site) -> Store:
-    return open_store(site.runs_uri, site.s3)
-
-
-def _final_weights(site: Site, run: str) -> dict[str, np.ndarray]:
-    checkpoint = max(path for path in _runs(site).list(f"{run}/checkpoints/") if path.endswith("weights.safetensors"))
-    return load(_runs(site).read(checkpoint))
-
-
-def _names_of_runs(site: Site) -> set[str]:
-    return {path.split("/")[0] for path in _runs(site).list()}
-
-
-_TRAIN = ["train", "demo", "--dataset", "real", *_SHORT, "--set", "resources.workers=2"]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training by two workers, undisturbed and registered."""
-
-    document: dict[str, Any]
-    run: str
-    weights: dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="session")
-def trained(local_site: Site, packed: dict[str, Any]) -> Trained:
-    before = _names_of_runs(local_site)
-    document = tavlad("--json", *_TRAIN).document
-    (run,) = _names_of_runs(local_site) - before
-    return Trained(document, run, _final_weights(local_site, run))
-
 
 def test_real_clips_end_as_a_registered_model_that_predicts_without_our_code_installed(
-    local_site: Site, packed: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
+    local_site: Site, packed_clips: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
 ) -> None:
-    assert packed["clips"] == 27
-    assert packed["rejected"] == []
+    assert packed_clips["clips"] == 27
+    assert packed_clips["rejected"] == []
     document = trained.document
     assert (document["name"], document["alias"], document["split"]) == ("tavlad-real-split1", "best", 1)
-    assert tavlad("--json", *_TRAIN).document == document, "a training that is done is found, not repeated"
+    assert tavlad("--json", *TRAIN).document == document, "a training that is done is found, not repeated"
 
     scored = tavlad("--json", "evaluate", "tavlad-real-split1@best", "--dataset", "real").document
     assert scored["test/top1"] == pytest.approx(document["test_top1"])
@@ -136,7 +52,7 @@ print(json.dumps([by_path.to_dict("records"), by_frames.to_dict("records")]))
     )
     assert done.returncode == 0, done.stderr
     by_path, by_frames = json.loads(done.stdout.splitlines()[-1])
-    assert {row["action"] for row in by_path} == set(_ACTIONS)
+    assert {row["action"] for row in by_path} == set(ACTIONS)
     assert [row["video"] for row in by_frames] == ["0", "1"]
     said = tavlad("--json", "predict", "tavlad-real-split1@best", video, "--top", "3").document["predictions"]
     assert [(row["action"], pytest.approx(row["probability"], abs=1e-6)) for row in said] == [
@@ -144,10 +60,10 @@ print(json.dumps([by_path.to_dict("records"), by_frames.to_dict("records")]))
     ]
 
 
-def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site, packed: dict[str, Any]) -> None:
+def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site, packed_clips: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", local_site.ray_dashboard]
-    verb = ["python", "-m", "ray_jobs.train", "demo", "--dataset", "real", "--split", "2", *_SHORT]
+    verb = ["python", "-m", "ray_jobs.train", "demo", "--dataset", "real", "--split", "2", *SHORT]
     done = subprocess.run(
         [*submit, "--working-dir", str(root), "--", *verb],
         capture_output=True,
@@ -160,8 +76,9 @@ def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site
     assert "registered tavlad-real-split2 version 1 (now best)" in done.stdout
 
 
+@pytest.mark.long
 def test_reproduction_runs_what_is_missing_and_a_second_one_does_no_work(
-    local_site: Site, packed: dict[str, Any], tmp_path: Path
+    local_site: Site, packed_clips: dict[str, Any], tmp_path: Path
 ) -> None:
     command = [
         *("--json", "reproduce", "real", "--rows", "consensus", "--rows", "actionvlad"),
@@ -175,36 +92,36 @@ def test_reproduction_runs_what_is_missing_and_a_second_one_does_no_work(
         ("consensus", 2, None),
     ]
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    runs = _names_of_runs(local_site)
+    runs = names_of_runs(local_site)
     again = tavlad(*command)
     assert again.document == first
     assert again.err.count("done already") == 2
-    assert _names_of_runs(local_site) == runs
+    assert names_of_runs(local_site) == runs
 
 
 @pytest.mark.chaos
 def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturbed_one(
     local_site: Site, trained: Trained
 ) -> None:
-    command, run = [*_TRAIN, "--no-register"], trained.run
-    for path in _runs(local_site).list(f"{run}/"):
-        _runs(local_site).delete(f"{path}")
+    command, run = [*TRAIN, "--no-register"], trained.run
+    for path in runs_of(local_site).list(f"{run}/"):
+        runs_of(local_site).delete(f"{path}")
 
     driver = subprocess.Popen([sys.executable, "-m", "ray_jobs.cli", *command], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while f"{run}/checkpoints/stage1-epoch00001/complete.json" not in _runs(local_site).list(f"{run}/"):
+    while f"{run}/checkpoints/stage1-epoch00001/complete.json" not in runs_of(local_site).list(f"{run}/"):
         assert time.monotonic() < deadline, "no checkpoint came"
         assert driver.poll() is None, "the training ended before it could be killed"
         time.sleep(0.05)
     driver.kill()
     driver.wait()
     final = f"{run}/checkpoints/stage2-epoch00001/complete.json"
-    assert final not in _runs(local_site).list(f"{run}/"), "killed too late to prove anything"
+    assert final not in runs_of(local_site).list(f"{run}/"), "killed too late to prove anything"
 
     resumed = tavlad(*command)
     assert resumed.code == 0, resumed.err
     assert "going on from checkpoint stage" in resumed.out
-    weights = _final_weights(local_site, run)
+    weights = final_weights(local_site, run)
     assert weights.keys() == trained.weights.keys()
     assert all(np.array_equal(weights[name], trained.weights[name]) for name in weights)
 
@@ -228,7 +145,7 @@ def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturb
     ],
 )
 def test_mistake_ends_as_one_sentence_and_exit_code_2(
-    packed: dict[str, Any], arguments: list[str], message: str
+    packed_clips: dict[str, Any], arguments: list[str], message: str
 ) -> None:
     said = tavlad(*arguments)
     assert said.code == 2, said.out + said.err
@@ -274,10 +191,10 @@ def test_corrupt_and_missing_videos_are_rejected_rows_and_the_exit_code_says_so(
 
 
 @pytest.mark.chaos
-def test_flipped_byte_stops_the_training_with_the_clips_name(local_site: Site, packed: dict[str, Any]) -> None:
+def test_flipped_byte_stops_the_training_with_the_clips_name(local_site: Site, packed_clips: dict[str, Any]) -> None:
     store = open_store(local_site.dataset_uri("real"), local_site.s3)
     # A node that has read the clips before would not notice: it has them on its disk.
-    recipe = ["demo", "--dataset", "real", *_SHORT, "--set", "training.seed=3", "--set", "resources.disk_cache=0"]
+    recipe = ["demo", "--dataset", "real", *SHORT, "--set", "training.seed=3", "--set", "resources.disk_cache=0"]
     assert tavlad("codebook", *recipe).code == 0  # so that it is the training's workers who read the damage
     shards = {path: store.read(path) for path in store.list("shards/")}
     try:
@@ -309,18 +226,18 @@ def test_set_whose_packing_was_killed_is_not_used_and_can_be_finished(local_site
     assert store.exists("index.parquet")
 
 
-_FEATURES = [*("features", "demo", "--dataset", "real", "--views", "3"), *_SHORT, "--set", "training.num_views=3"]
+_FEATURES = [*("features", "demo", "--dataset", "real", "--views", "3"), *SHORT, "--set", "training.num_views=3"]
 
 
 def _objects(store: Store) -> dict[str, bytes]:
     return {path: store.read(path) for path in store.list()}
 
 
-def test_training_learns_from_the_features_that_were_filled(local_site: Site, packed: dict[str, Any]) -> None:
+def test_training_learns_from_the_features_that_were_filled(local_site: Site, packed_clips: dict[str, Any]) -> None:
     filled = tavlad("--json", *_FEATURES).document
     assert filled["num_entries"] == 3 * 18 + 9
     assert not filled["was_there"]
-    train = [*_TRAIN, "--no-register", "--set", "training.num_views=3", "--set", "stage1.features=always"]
+    train = [*TRAIN, "--no-register", "--set", "training.num_views=3", "--set", "stage1.features=always"]
     done = tavlad("--json", *train)
     assert done.document == {"registered": False}
     # Nothing is computed that is there already: trainings write what they compute.
@@ -331,7 +248,7 @@ def test_training_learns_from_the_features_that_were_filled(local_site: Site, pa
 
 
 @pytest.mark.chaos
-def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed: dict[str, Any]) -> None:
+def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed_clips: dict[str, Any]) -> None:
     command = [*_FEATURES, "--set", "training.seed=5", "--set", "model.weights=none"]
     uri = tavlad("--json", *command).document["uri"]
     store = open_store(uri, local_site.s3)

@@ -14,7 +14,7 @@ from shards.store import open_store
 from tavlad.config import ModelConfig, StageConfig, TrainingConfig
 from tavlad.model import TaVlad
 from tavlad.train import EpochReport, Listeners, StagePlan, fit
-from tests.shards.conftest import PackedSet, packed, videos  # noqa: F401
+from tests.fixtures_sets import PackedSet
 
 CROP = 64
 MODEL = ModelConfig(trunk="resnet18", weights="none", num_clusters=3, gru_width=5, alpha=5.0)
@@ -35,7 +35,7 @@ def _features(store: object, precision: str, dtype: str) -> FeatureSet:
     return FeatureSet(open_store(str(store)), facts)
 
 
-def _loader(packed: PackedSet, part: Any, rank: int = 0, world: int = 1, num_views: int = 40) -> ClipLoader:  # noqa: F811
+def _loader(packed: PackedSet, part: Any, rank: int = 0, world: int = 1, num_views: int = 40) -> ClipLoader:
     training = part == "train"
     options = LoaderOptions(batch_size=5, seed=3, crop=CROP, augment=training, shuffle=training, num_views=num_views)
     return ClipLoader(packed.index, packed.store, 1, part, options, rank, world)
@@ -59,7 +59,7 @@ def _train(model: TaVlad, precision: Any, train: Any, test: Any) -> list[EpochRe
     ],
 )
 def test_losses_and_scores_from_features_are_those_from_frames(
-    packed: PackedSet,  # noqa: F811
+    packed: PackedSet,
     tmp_path: Any,
     precision: str,
     dtype: str,
@@ -78,7 +78,7 @@ def test_losses_and_scores_from_features_are_those_from_frames(
     assert batches[1].num_computed == 6  # the test part once, in three evaluations
 
 
-def test_batches_are_the_same_whatever_was_there_before(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+def test_batches_are_the_same_whatever_was_there_before(packed: PackedSet, tmp_path: Any) -> None:
     features = _features(tmp_path, "float32", "float16")
     extract = Extractor(_model(), torch.device("cpu"), "float32")
     batches = FeatureBatches(_loader(packed, "train"), features, 1, extract)
@@ -99,7 +99,7 @@ def test_batches_are_the_same_whatever_was_there_before(packed: PackedSet, tmp_p
     assert [batch.keys for batch in resumed] == [batch.keys for batch in read[1:]]
 
 
-def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> None:
     features = _features(tmp_path, "float32", "float16")
     extract = Extractor(_model(), torch.device("cpu"), "float32")
     ranks = [FeatureBatches(_loader(packed, "train", rank, 2, num_views=1), features, 1, extract) for rank in range(2)]
@@ -111,7 +111,7 @@ def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> N
     assert sum(rank.num_computed for rank in ranks) == 12
 
 
-def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: Any) -> None:
     extract = Extractor(_model(), torch.device("cpu"), "float32")
     last = _loader(packed, "train", rank=0, world=4)  # 12 clips in batches of 5: two in the last, for ranks 1 and 3
     *_, batch = FeatureBatches(last, _features(tmp_path, "float32", "float16"), 1, extract).epoch(0)
@@ -119,7 +119,7 @@ def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: An
     assert _model()(batch.inputs(torch.device("cpu"))).shape == (1, 3)
 
 
-def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: Any) -> None:
     model = _model()
     with torch.no_grad():
         model.trunk.layer4[-1].bn2.weight.fill_(1e9)  # type: ignore[union-attr]

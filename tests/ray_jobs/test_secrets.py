@@ -11,7 +11,7 @@ import pytest
 from infra.local_ray import session_folder
 from infra.site import Site
 from shards.store import open_store
-from tests.ray_jobs.test_end_to_end import Trained, packed, real_videos, trained  # noqa: F401
+from tests.fixtures_verbs import Trained
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +37,8 @@ def secrets(site: Site) -> dict[str, bytes]:
 
 def test_training_leaves_no_key_behind(
     local_site: Site,
-    packed: dict[str, Any],  # noqa: F811
-    trained: Trained,  # noqa: F811
+    packed_clips: dict[str, Any],
+    trained: Trained,
 ) -> None:
     assert local_site.state is not None
     hidden = secrets(local_site)
@@ -63,7 +63,7 @@ def test_training_leaves_no_key_behind(
         assert not [name for name, secret in hidden.items() if secret in content], path
 
 
-def test_no_process_shows_a_key_in_its_arguments(local_site: Site, trained: Trained) -> None:  # noqa: F811
+def test_no_process_shows_a_key_in_its_arguments(local_site: Site, trained: Trained) -> None:
     hidden = [secret.decode() for secret in secrets(local_site).values()]
     for process in psutil.process_iter(["cmdline", "uids"]):
         if process.info["uids"] and process.info["uids"].real == os.getuid():

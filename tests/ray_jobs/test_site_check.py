@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,9 @@ from infra.site_check import Finding, check_clocks, check_mlflow, check_s3
 from ray_jobs.recipe import ResourceConfig
 from ray_jobs.site_check import Versions, check_site
 from shards.store import Store, open_store
-from tests.ray_jobs.test_end_to_end import Said, tavlad
+from tests.fixtures_verbs import Said, tavlad
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def lab(local_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
-    """The embedded services as a foreign site, whose keys are in a private file."""
-    folder = tmp_path_factory.mktemp("lab")
-    keys = folder / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text(f"{local_site.s3.access_key}\n{local_site.s3.secret_key}\n")
-    file = folder / "lab.toml"
-    file.write_text(
-        f'ray_address = "{local_site.ray_address}"\nray_dashboard = "{local_site.ray_dashboard}"\n'
-        f's3_endpoint = "{local_site.s3.endpoint_url}"\nbucket = "{local_site.bucket}"\n'
-        f'mlflow = "{local_site.mlflow_uri}"\ns3_keys = "{keys}"\n'
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in local_site.ray_environment().items():
-            patch.setenv(name, value)
-        yield file
 
 
 @pytest.fixture

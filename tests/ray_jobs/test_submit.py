@@ -15,8 +15,7 @@ import pytest
 
 from infra.site import Site
 from ray_jobs.job_parcel import fill_working_folder, make_parcel
-from tests.ray_jobs.test_end_to_end import real_videos, tavlad  # noqa: F401
-from tests.ray_jobs.test_site_check import lab  # noqa: F401
+from tests.fixtures_verbs import tavlad
 
 RECIPE = 'dataset = "mine"\n[stage1]\nepochs = 3\n'
 
@@ -76,8 +75,8 @@ def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Pat
 @pytest.mark.slow
 def test_verb_is_a_job_that_ends_as_the_verb_does(
     local_site: Site,
-    lab: Path,  # noqa: F811
-    real_videos: Path,  # noqa: F811
+    lab: Path,
+    real_videos: Path,
 ) -> None:
     videos = real_videos / "videos"
     command = ["--json", "--site", str(lab), "pack", str(videos), "--name", "job", "--num-frames", "2"]
@@ -121,7 +120,7 @@ def said(process: "subprocess.Popen[str]") -> str:
 @pytest.mark.slow
 def test_second_submission_joins_and_ctrl_c_leaves_the_job(
     local_site: Site,
-    lab: Path,  # noqa: F811
+    lab: Path,
     shared_data: Path,
 ) -> None:
     site = ["--site", str(lab)]

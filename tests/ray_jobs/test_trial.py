@@ -11,7 +11,7 @@ from ray_jobs.space import Choice
 from ray_jobs.sweep import Row, SweepOptions, SweepPlan, SweepStore, Trial
 from ray_jobs.trial import TrialJob, run_trial
 from shards.store import Store, open_store
-from tests.shards.conftest import PackedSet, packed, videos  # noqa: F401
+from tests.fixtures_sets import PackedSet
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def _but_speed(rows: list[Row]) -> list[dict[str, Any]]:
 
 def test_resumed_trial_is_an_undisturbed_one_and_a_finished_one_is_told_not_run(
     local_site: Site,
-    packed: PackedSet,  # noqa: F811
+    packed: PackedSet,
 ) -> None:
     job = _job(local_site, _recipe(packed.store))
     store, trial_id = SweepStore(local_site, job.sweep.name), job.sweep.trial_id(CHANGES)
@@ -77,7 +77,7 @@ def test_resumed_trial_is_an_undisturbed_one_and_a_finished_one_is_told_not_run(
     assert not store.checkpoints(trial_id).names(), "nothing was trained"
 
 
-def test_trial_never_reads_a_test_clip(local_site: Site, packed: PackedSet, tmp_path: Any) -> None:  # noqa: F811
+def test_trial_never_reads_a_test_clip(local_site: Site, packed: PackedSet, tmp_path: Any) -> None:
     """The set without its test clips: their bytes are damaged, their rows are left."""
     copy = open_store(str(tmp_path / "set"))
     for path in packed.store.list():
