@@ -4,6 +4,7 @@ import io
 import itertools
 import tarfile
 import threading
+import time
 from dataclasses import replace
 
 import pyarrow as pa
@@ -206,16 +207,23 @@ def test_memory_of_batches_that_nobody_holds_is_used_again(packed) -> None:
     assert len(addresses) <= 4  # two ahead, one with the consumer, one just let go
 
 
-def test_operators_of_the_caller_keep_their_threads(packed) -> None:
-    before = torch.get_num_threads()
-    batches = loader(packed, num_threads=3).epoch(0)
-    next(batches)
+def threads_of_a_new_thread() -> int:
     inherited: list[int] = []
     born = threading.Thread(target=lambda: inherited.append(torch.get_num_threads()))
     born.start()
     born.join()
+    return inherited[0]
+
+
+def test_operators_of_the_caller_keep_their_threads(packed) -> None:
+    before = torch.get_num_threads()
+    batches = loader(packed, num_threads=3).epoch(0)
+    next(batches)
+    deadline = time.monotonic() + 10  # a reading thread may just be at its beginning
+    while threads_of_a_new_thread() != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [torch.get_num_threads(), threads_of_a_new_thread()] == [before, before]
     batches.close()
-    assert [torch.get_num_threads(), *inherited] == [before, before]
 
 
 def test_no_more_is_read_ahead_than_the_prefetch_allows(packed, watched) -> None:
