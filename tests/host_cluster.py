@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BUCKET = "tavlad"
 _FOREIGN = ("AWS_", "RAY_", "MLFLOW_", "WEED_", "TAVLAD_", "PYTEST_")
 _OBJECT_STORE_BYTES = 150_000_000
-_START_S = 420.0  # of a server on a machine that is busy with other things
+_START_S = 900.0  # of a server on a machine that is busy with other things
 # What a supervisor (systemd, Kubernetes) does: a node that was given up by the others ends, and is started again.
 _FOREVER = 'while :; do "$@"; sleep 1; done'
 
@@ -108,7 +108,7 @@ class Cluster:
         submit = ("ray", "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", *command)
         return self._at_desk(*submit, timeout_s=timeout_s)
 
-    def ask(self, *arguments: str, timeout_s: float = 420) -> Any:
+    def ask(self, *arguments: str, timeout_s: float = 900) -> Any:
         """What `tests/run_objects.py` answers to these words, run on the store's host."""
         said = self._on(
             self.store, "python", "-m", "tests.run_objects", str(self.site), *arguments, timeout_s=timeout_s

@@ -18,7 +18,7 @@ from safetensors.numpy import load
 from infra.site import load_site
 from shards.store import Store, ensure_bucket, open_store
 
-_PATIENCE_S = 400.0
+_PATIENCE_S = 880.0
 _SITE = load_site(sys.argv[1])
 
 
