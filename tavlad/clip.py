@@ -51,6 +51,15 @@ class ClipBatch:
         frames_BTCHW = self.frames_BTCHW if self.keys else _blank(self.frames_BTCHW)
         return frames_BTCHW.to(device)
 
+    def part(self, start: int, stop: int) -> "ClipBatch":
+        """Some of its clips, which may be none."""
+        return ClipBatch(
+            frames_BTCHW=self.frames_BTCHW[start:stop],
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
+
 
 class Features(NamedTuple):
     """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
@@ -85,6 +94,16 @@ class FeatureBatch:
         if not self.keys:
             maps, activation = _blank(maps), None if activation is None else _blank(activation)
         return Features(maps, activation).to(device)
+
+    def part(self, start: int, stop: int) -> "FeatureBatch":
+        """Some of its clips, which may be none."""
+        maps, activation = self.features
+        return FeatureBatch(
+            features=Features(maps[start:stop], None if activation is None else activation[start:stop]),
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
 
 
 Batch = ClipBatch | FeatureBatch
