@@ -4,13 +4,14 @@ Every variant is the same `fit` on the same two ranks and clips made of noise; `
 compared with, in the same rounds. `python -m benchmarks.reliability --to results/`.
 
 * torchrun: two processes by torch.distributed.run, nothing else.
-* ray: the same under Ray Train, with what our workers do at each step (the notice that ranks agree on, news of the step).
+* ray: the same under Ray Train, with what our workers do at each step (agree on notices, tell the news).
 * checkpoints: torchrun, a checkpoint every `--checkpoint-steps` steps, copied and written to a folder beside training.
 * checkpoints waited for: the same, but training waits until each is written.
 * deterministic: torchrun with `virtual_ranks`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -97,7 +98,7 @@ def measure(job: Job, device: torch.device, tell: Any = None, heard: Any = None)
     listeners = Listeners(on_epoch=lambda _: None, on_step=on_step, wants_state=wants_state, on_state=keep)
     plan = StagePlan(number=2, stage=_STAGE, training=training)
     fit(model, plan, _Noise(job, world), None, listeners, world=world)
-    steps = [1000 * (after - before) for before, after in zip(moments, moments[1:], strict=False)][_WARM_UP:]
+    steps = [1000 * (after - before) for before, after in itertools.pairwise(moments)][_WARM_UP:]
     calm = sorted(steps)[: max(1, len(steps) - len(steps) // 50)]
     return {"ms_a_step_median": statistics.median(steps), "ms_a_step_mean": statistics.mean(calm)}
 

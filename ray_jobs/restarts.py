@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -56,7 +57,9 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         elif isinstance(current_state, ReschedulingState):
             self._wait_for_room()
         elif isinstance(current_state, ResizingState):
-            self._prepare_resize(current_state.scaling_decision.num_workers)
+            decision = current_state.scaling_decision
+            assert isinstance(decision, ResizeDecision)
+            self._prepare_resize(decision.num_workers)
 
     def _wait_for_room(self) -> None:
         if not self._told_of_waiting:
@@ -67,7 +70,8 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         """Let the workers write a checkpoint before they are replaced."""
         assert self._group is not None, "only what runs is resized"
         self._monitor.tell(Said(text=f"the cluster has room for {num_workers} workers: going on with so many"))
-        ray.get([each.execute_async(give_notice, "resize") for each in self._group.get_workers()])
+        told: list[Any] = [each.execute_async(give_notice, "resize") for each in self._group.get_workers()]
+        ray.get(told)
         deadline = time.monotonic() + _SECONDS_FOR_A_CHECKPOINT
         while not self._monitor.has_left() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -99,6 +99,8 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
     if resources.memory_per_worker:
         per_worker["memory"] = resources.memory_per_worker * 1e9
     filesystem, path = arrow_filesystem(f"{plan.uri}/ray", site.s3)
+    # Ray's signature knows only the kind of callback that hears of reports and errors; it takes every kind.
+    callbacks: list[Any] = [Restarts(config.monitor, resources.max_restarts), ListenForSigterm()]
     return ray.train.torch.TorchTrainer(
         lambda: train_worker(config),
         scaling_config=ray.train.ScalingConfig(
@@ -116,7 +118,7 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
             storage_filesystem=filesystem,
             # Ray counts all its life long; `Restarts` counts since the last checkpoint, and tells why.
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[Restarts(config.monitor, resources.max_restarts), ListenForSigterm()],
+            callbacks=callbacks,
         ),
     )
 

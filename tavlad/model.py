@@ -87,11 +87,12 @@ class TaVlad(nn.Module):
             if self.training and self.config.temporal == "single-frame":
                 inputs = Features(self.random_frame(inputs.maps_BTDHW), None)
             return self.classify(self.describe(inputs))
+        frames_BTCHW: Tensor = inputs
         if self.training and self.config.temporal == "single-frame":
-            inputs = self.random_frame(inputs)
-        logits_BA = self.classify(self.encode(inputs))
+            frames_BTCHW = self.random_frame(inputs)
+        logits_BA = self.classify(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self.classify(self.encode(inputs.flip(-1)))) / 2
+            logits_BA = (logits_BA + self.classify(self.encode(frames_BTCHW.flip(-1)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
