@@ -158,6 +158,7 @@ def by_ray(job: Job) -> Figures:
     from ray_jobs.monitor import Monitor, Stepped
     from ray_jobs.notice import ListenForSigterm, Notice
 
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # as infra/site.py has it
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"working_dir": None})
     monitor = Monitor.start()
 

@@ -24,8 +24,8 @@ from ray_jobs.monitor import Monitor, Said
 from ray_jobs.notice import give_notice
 
 _SECONDS_FOR_A_CHECKPOINT = 60.0
-_COLLATERAL = ("gloo", "NCCL", "Connection", "DistNetworkError")
-"""Words in errors of workers that were waiting for one that died."""
+_COLLATERAL = ("gloo", "NCCL", "DistBackendError", "DistNetworkError")
+"""Words in the errors of workers that were waiting for one that died."""
 
 
 class Restarts(ControllerCallback, WorkerGroupCallback):
@@ -85,7 +85,7 @@ def _cause(error: TrainingFailedError) -> str:
     if died:
         return f"worker {', '.join(map(str, died))} died, or its node (rank from 0)"
     for rank, each in sorted(failures.items()):
-        text = str(each).strip()
-        if not any(word in text for word in _COLLATERAL):
-            return f"worker {rank} failed: {text.splitlines()[-1] if text else type(each).__name__}"
+        last_line = (str(each).strip().splitlines() or [type(each).__name__])[-1]  # before it is a traceback
+        if not any(word in last_line for word in _COLLATERAL):
+            return f"worker {rank} failed: {last_line}"
     return "a worker was lost: the others' connections to it broke"

@@ -79,7 +79,7 @@ class _Trainer:
         resources = config.plan.recipe.resources
         virtual_ranks = resources.virtual_ranks if resources.reduce == "deterministic" else 0
         self._world = World.current(ray.train.torch.get_device(), virtual_ranks)
-        if virtual_ranks:
+        if virtual_ranks and self._world.device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)  # some operators on GPUs have no such kind
         self._notice = Notice(self._world)
         self._leaving: str | None = None
