@@ -71,7 +71,10 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         assert self._group is not None, "only what runs is resized"
         self._monitor.tell(Said(text=f"the cluster has room for {num_workers} workers: going on with so many"))
         told: list[Any] = [each.execute_async(give_notice, "resize") for each in self._group.get_workers()]
-        ray.get(told)
+        try:
+            ray.get(told)
+        except RayActorError:
+            return  # who died before the resize writes nothing
         deadline = time.monotonic() + _SECONDS_FOR_A_CHECKPOINT
         while not self._monitor.has_left() and time.monotonic() < deadline:
             time.sleep(0.1)
