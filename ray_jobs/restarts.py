@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ReschedulingState,
@@ -84,9 +85,9 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 def _cause(error: TrainingFailedError) -> str:
     """The first cause in one sentence, without a traceback."""
     failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    died = sorted(rank for rank, each in failures.items() if isinstance(each, RayActorError))
+    died = sorted(rank for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError))
     if died:
-        return f"worker {', '.join(map(str, died))} died, or its node (rank from 0)"
+        return f"worker {', '.join(map(str, died))} died, or its node was lost"
     for rank, each in sorted(failures.items()):
         last_line = (str(each).strip().splitlines() or [type(each).__name__])[-1]  # before it is a traceback
         if not any(word in last_line for word in _COLLATERAL):
