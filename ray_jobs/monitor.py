@@ -14,6 +14,7 @@ class Started:
 
     resumed_from: str | None
     history: list[dict[str, Any]]
+    num_workers: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,27 @@ class Said:
     """Something for the user to know, such as a decision."""
 
     text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lost:
+    """The workers are gone, and why; what happens next."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leaving:
+    """The workers end by themselves, with a checkpoint, because they were told to."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """A checkpoint is whole."""
+
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +68,10 @@ class UserError:
     text: str
 
 
-News = Started | Said | Stepped | EpochDone | UserError
+News = Started | Said | Lost | Leaving | Saved | Stepped | EpochDone | UserError
+
+_FIRST_PAUSE_S = 5.0
+_LONGEST_PAUSE_S = 300.0
 
 
 class _Monitor:
@@ -55,10 +80,17 @@ class _Monitor:
     def __init__(self) -> None:
         self._news: list[News] = []
         self._error: str | None = None
+        self._is_leaving = False
+        self._restarts = 0  # since the last new checkpoint
 
     def tell(self, news: News) -> None:
         if isinstance(news, UserError):
             self._error = self._error or news.text
+        if isinstance(news, Leaving):
+            self._is_leaving = True
+        if isinstance(news, Saved):
+            self._restarts = 0
+            return
         if isinstance(news, Stepped) and self._news and isinstance(self._news[-1], Stepped):
             self._news.pop()
         self._news.append(news)
@@ -69,6 +101,33 @@ class _Monitor:
 
     def error(self) -> str | None:
         return self._error
+
+    def has_left(self) -> bool:
+        return self._is_leaving
+
+    def start_anew(self) -> None:
+        self._is_leaving = False
+
+    def lost(self, cause: str, max_restarts: int) -> float | None:
+        if self._error is not None:
+            return None
+        if self._is_leaving:
+            self._is_leaving = False
+            return 0.0
+        self._restarts += 1
+        if self._restarts > max_restarts:
+            self._error = (
+                f"{cause}; it was started again {max_restarts} times without reaching a new checkpoint "
+                "(resources.max_restarts): what the workers said is in Ray's logs"
+            )
+            self._news.append(UserError(text=self._error))
+            return None
+        # The first time at once: most losses are a machine's, and happen once.
+        pause = 0.0 if self._restarts == 1 else min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._restarts - 2))
+        when = f"in {pause:g} s" if pause else "now"
+        count = f"restart {self._restarts} of at most {max_restarts} without a new checkpoint"
+        self._news.append(Lost(text=f"{cause}; starting again {when} ({count})"))
+        return pause
 
 
 class Monitor:
@@ -97,6 +156,18 @@ class Monitor:
     def error(self) -> str | None:
         """The first thing that the user must mend, if any was told."""
         return ray.get(self._handle.error.remote())
+
+    def has_left(self) -> bool:
+        """Whether the workers told that they leave, and nobody has asked for new ones since."""
+        return ray.get(self._handle.has_left.remote())
+
+    def start_anew(self) -> None:
+        """New workers take over from those that left."""
+        ray.get(self._handle.start_anew.remote())
+
+    def lost(self, cause: str, max_restarts: int) -> float | None:
+        """The workers are gone: seconds to wait before new ones start, or None for never. After `Leaving` at once."""
+        return ray.get(self._handle.lost.remote(cause, max_restarts))
 
     def stop(self) -> None:
         """End the actor."""

@@ -13,7 +13,7 @@ from shards.index import Index, load_index, share_of
 from shards.store import Store, open_store
 from tavlad.config import StageConfig
 
-_RESULT_FORMAT = 1  # raise it when the same recipe would no longer compute the same
+_RESULT_FORMAT = 2  # raise it when the same recipe would no longer compute the same
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tavlad.config import STAGE1, STAGE2, CodebookConfig, FeatureConfig, ModelConfig, StageConfig, TrainingConfig, parse
 
@@ -17,12 +18,24 @@ RECIPES = Path(__file__).parent / "recipes"
 class ResourceConfig:
     """What a training asks of the cluster. Does not change what it computes, up to the order of float32 sums."""
 
-    workers: int = 1
-    """Ranks that share each batch."""
+    workers: int | str = 1
+    """Ranks that share each batch; or "2-8": as many of them as there is room for, fewer when nodes are lost, more when
+    they come back."""
+    resize_seconds: float = 60.0
+    """Seconds between two looks whether there is room for more workers, with "2-8"."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """On few nodes or on many; strict: on one node, or one a node, or not at all."""
+    reduce: Literal["ddp", "deterministic"] = "ddp"
+    """How gradients are added up: by DDP, while they are computed; or in a fixed order, to the same bits for any number
+    of workers up to `virtual_ranks` (with the same processors and cpus_per_worker)."""
+    virtual_ranks: int = 8
+    """Parts that "deterministic" cuts a batch into. Another number is another order of the sums."""
     gpus_per_worker: float = 0.0
     """GPUs of one worker; 0 trains on the CPU."""
     cpus_per_worker: float = 1.0
     """CPUs of one worker."""
+    memory_per_worker: float = 0.0
+    """GB of memory that one worker reserves; 0 reserves none."""
     loader_threads: int = 2
     """Threads of one worker that fetch, decode and crop clips."""
     prefetch_batches: int = 4
@@ -31,16 +44,42 @@ class ResourceConfig:
     """GB that each node's cache of packed clips may take, for all trainings there together; 0 for no cache."""
     checkpoint_steps: int = 200
     """Steps between two checkpoints within an epoch; there is one at each epoch's end too. 0: only there."""
-    max_restarts: int = 3
-    """Times a training whose worker or node died is started again from its last checkpoint."""
+    max_restarts: int = 5
+    """Times in a row, without a new checkpoint in between, that a training whose worker died is started again. What is
+    announced (SIGTERM, a node that Ray drains) is not counted."""
 
     def __post_init__(self) -> None:
-        for name in ("workers", "loader_threads", "prefetch_batches"):
+        if not 1 <= self.fewest_workers <= self.most_workers:
+            raise ValueError(f'resources.workers = {self.workers!r}: must be at least 1, or a range such as "2-8"')
+        if self.reduce == "deterministic" and self.most_workers > self.virtual_ranks:
+            raise ValueError(
+                f"resources.virtual_ranks = {self.virtual_ranks}: must be at least the number of workers "
+                f'({self.most_workers}) with resources.reduce = "deterministic"'
+            )
+        for name in ("loader_threads", "prefetch_batches", "virtual_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("gpus_per_worker", "cpus_per_worker", "disk_cache", "checkpoint_steps", "max_restarts"):
+        not_negative = ("gpus_per_worker", "cpus_per_worker", "memory_per_worker", "disk_cache", "checkpoint_steps")
+        for name in (*not_negative, "max_restarts", "resize_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
+
+    @property
+    def fewest_workers(self) -> int:
+        """Below this a training waits; 0 if `workers` is no number and no range."""
+        return self._range[0]
+
+    @property
+    def most_workers(self) -> int:
+        """More are never started."""
+        return self._range[1]
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        if isinstance(self.workers, int):
+            return self.workers, self.workers
+        found = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", self.workers)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,8 +92,8 @@ def _check_resources(nodes: list[Any], resources: ResourceConfig) -> list[Findin
     for name, each in (("GPU", resources.gpus_per_worker), ("CPU", resources.cpus_per_worker)):
         counts = [float((node.resources_total or {}).get(name, 0)) for node in nodes]
         # A worker is on one node; how many fit is what counts, not the sum.
-        places = sum(int(count // each) for count in counts) if each else resources.workers
-        fine = places >= resources.workers
+        places = sum(int(count // each) for count in counts) if each else resources.most_workers
+        fine = places >= resources.fewest_workers
         findings.append(
             Finding(
                 what=f"{name}s for the recipe",

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.exit()
 
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
@@ -22,11 +23,13 @@ from infra.site import Site
 from ray_jobs.cluster import connect
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
-from ray_jobs.monitor import EpochDone, Monitor, News, Said, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Saved, Started, Stepped, UserError
 from ray_jobs.network import HostNetwork
+from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun, register_training
+from ray_jobs.restarts import Restarts
 from ray_jobs.run_records import RunRecords
 from ray_jobs.worker import WorkerConfig, train_worker
 from shards.index import Index
@@ -94,18 +97,30 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
+    if resources.memory_per_worker:
+        per_worker["memory"] = resources.memory_per_worker * 1e9
     filesystem, path = arrow_filesystem(f"{plan.uri}/ray", site.s3)
+    # Ray's signature knows only the kind of callback that hears of reports and errors; it takes every kind.
+    callbacks: list[Any] = [Restarts(config.monitor, resources.max_restarts), ListenForSigterm()]
     return ray.train.torch.TorchTrainer(
         lambda: train_worker(config),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
+            num_workers=resources.fewest_workers
+            if resources.fewest_workers == resources.most_workers
+            else (resources.fewest_workers, resources.most_workers),
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=per_worker,
+            placement_strategy=resources.placement,
+            elastic_resize_monitor_interval_s=resources.resize_seconds,
         ),
         torch_config=HostNetwork(),
         run_config=ray.train.RunConfig(
             name=plan.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_restarts),
+            # Ray counts all its life long; `Restarts` counts since the last checkpoint, and tells why.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=callbacks,
         ),
     )
 
@@ -117,8 +132,9 @@ class _Follower:
         self._plan = plan
         self._records = records
         self._console = console
-        self._starts = 0
         self._note = ""
+        self._lost_at: float | None = None
+        self._last_step = (0, 0)
 
     def follow(self, monitor: Monitor, training: "Future[Any]") -> None:
         """Until the training ends and all its news is read."""
@@ -138,17 +154,22 @@ class _Follower:
 
     def _take(self, news: News, bars: dict[int, tuple[Any, Advance]]) -> None:
         match news:
-            case Started(resumed_from=resumed_from, history=history):
-                self._starts += 1
-                if self._starts > 1:
-                    self._console.say("  a worker was lost; the training was started again")
+            case Started(resumed_from=resumed_from, history=history, num_workers=num_workers):
                 if resumed_from is not None:
-                    self._console.say(f"  going on from checkpoint {resumed_from}")
+                    self._console.say(f"  going on from checkpoint {resumed_from} with {num_workers} workers")
+                elif self._lost_at is not None:
+                    self._console.say(f"  beginning again with {num_workers} workers: there was no checkpoint yet")
                 for row in history:
                     self._records.log_epoch(row)
             case Said(text=text):
                 self._console.say(f"  {text}")
+            case Lost(text=text) | Leaving(text=text):
+                self._lost_at = time.monotonic()
+                self._console.say(f"  {text}")
+            case Saved():
+                pass
             case Stepped(stage=stage, done=done, total=total):
+                self._tell_of_recovery(stage, done)
                 self._advance(bars, stage, done, total)
             case EpochDone(row=row):
                 self._records.log_epoch(row)
@@ -158,6 +179,14 @@ class _Follower:
                 self._note = ", ".join(shown)
             case UserError(text=text):
                 self._console.say(f"  stopped: {text}")
+
+    def _tell_of_recovery(self, stage: int, done: int) -> None:
+        if self._lost_at is not None:
+            seconds = time.monotonic() - self._lost_at
+            repeated = self._last_step[1] - done + 1 if stage == self._last_step[0] else 0
+            self._console.say(f"  training again after {seconds:.1f} s; {max(0, repeated)} steps are repeated")
+            self._lost_at = None
+        self._last_step = (stage, done)
 
     def _advance(self, bars: dict[int, tuple[Any, Advance]], stage: int, done: int, total: int) -> None:
         if stage not in bars:

@@ -19,12 +19,14 @@ from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches
 from ray_jobs.features import Extractor, decide_once, feature_set
-from ray_jobs.monitor import EpochDone, Monitor, Said, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
+from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
 from shards.features import FeatureSet
 from shards.index import Index
+from shards.patience import outlast
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import Store
+from shards.store import Store, StoreUnreachable
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
 from tavlad.config import StageConfig
 from tavlad.metrics import Scores
@@ -48,8 +50,6 @@ class WorkerConfig:
 
 def train_worker(config: WorkerConfig) -> None:
     """The training function of one rank. What the user must mend is told to the driver and ends the training."""
-    if config.monitor.error() is not None:  # started again after an error that a restart cannot mend
-        return
     trainer = _Trainer(config)
     try:
         trainer.run()
@@ -57,6 +57,8 @@ def train_worker(config: WorkerConfig) -> None:
         text = "the GPU's memory is too small for this training: lower training.batch_size, or use more workers"
         config.monitor.tell_surely(UserError(text=text))
         raise ValueError(text) from error
+    except StoreUnreachable as error:  # not the user's to mend: later it may answer
+        raise ConnectionError(str(error)) from error
     except ValueError as error:
         config.monitor.tell_surely(UserError(text=str(error)))
         raise
@@ -74,7 +76,14 @@ class _Trainer:
         self._monitor = config.monitor
         self._site: Site = load_site(config.plan.site_name)
         self._checkpoints = config.plan.checkpoints(self._site)
-        self._world = World.current(ray.train.torch.get_device())
+        resources = config.plan.recipe.resources
+        virtual_ranks = resources.virtual_ranks if resources.reduce == "deterministic" else 0
+        self._world = World.current(ray.train.torch.get_device(), virtual_ranks)
+        if virtual_ranks and self._world.device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)  # some operators on GPUs have no such kind
+        self._notice = Notice(self._world)
+        self._leaving: str | None = None
+        self._last_checkpoint = config.plan.last_checkpoint
         self._codebook_uri = config.codebook_uri
         self._history: list[dict[str, Any]] = []
         self._writer = BackgroundWriter()
@@ -85,8 +94,8 @@ class _Trainer:
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
-        store, index = open_set(self._site, self._plan.dataset_uri, self._recipe)
-        model, resume = self._model(index)
+        store, index = outlast(lambda: open_set(self._site, self._plan.dataset_uri, self._recipe))
+        model, resume = outlast(lambda: self._model(index))
         train = self._loader(index, store, training=True)
         test = self._loader(index, store, training=False)
         for number, stage in self._plan.stages:
@@ -150,7 +159,10 @@ class _Trainer:
                 resume = load_state(directory)
                 self._history = json.loads((directory / HISTORY).read_text(encoding="utf-8"))
         if self._world.rank == 0:
-            self._monitor.tell(Started(resumed_from=names[-1] if names else None, history=self._history))
+            started = Started(
+                resumed_from=names[-1] if names else None, history=self._history, num_workers=self._world.size
+            )
+            self._monitor.tell(started)
         return model.to(self._world.device), resume
 
     def _loader(self, index: Index, store: Store, *, training: bool) -> ClipLoader:
@@ -169,7 +181,10 @@ class _Trainer:
         )
         part = "train" if training else "test"
         cache = node_cache(self._site, resources.disk_cache, index)
-        return ClipLoader(index, store, self._plan.split, part, options, world.rank, world.size, cache)
+        parts = world.parts
+        return ClipLoader(
+            index, store, self._plan.split, part, options, parts.start, world.num_parts, cache, num_ranks=len(parts)
+        )
 
     def _end_step(self, stage: int, done: int, total: int) -> None:
         if self._world.rank == 0:
@@ -177,24 +192,39 @@ class _Trainer:
 
     def _wants_state(self, done: int) -> bool:
         every = self._recipe.resources.checkpoint_steps
-        return every > 0 and done % every == 0
+        self._leaving = self._notice.heard()
+        return self._leaving is not None or (every > 0 and done % every == 0)
 
     def _keep_state(self, model: TaVlad, state: TrainState) -> None:
         """A checkpoint within an epoch."""
+        name = checkpoint_name(state.stage, state.next_epoch, state.next_step)
         if self._world.rank == 0:
-            name = checkpoint_name(state.stage, state.next_epoch, state.next_step)
             self._write(name, model, state, None, lambda: None)
+        self._leave_if_told(name)
+
+    def _leave_if_told(self, name: str) -> None:
+        """End once the checkpoint is whole, all ranks together: the first that ends takes the others along."""
+        if self._leaving is None:
+            return
+        if self._world.rank == 0:
+            self._writer.wait()
+            self._monitor.tell_surely(Leaving(text=f"{self._leaving}: saved {name}, starting again"))
+        self._world.sum(torch.zeros(1))
+        raise Left(self._leaving)
 
     def _end_epoch(self, model: TaVlad, report: EpochReport) -> None:
         """A checkpoint, then the news: what the driver hears of is safe."""
+        name = checkpoint_name(report.stage, report.epoch)
         if self._world.rank == 0:
             row: dict[str, Any] = {"stage": report.stage, "epoch": report.epoch, **report.metrics}
             self._history.append(row)
-            name = checkpoint_name(report.stage, report.epoch)
             self._write(name, model, report.state, report.scores, lambda: self._monitor.tell_surely(EpochDone(row=row)))
             if report.epoch == report.num_epochs:
                 self._writer.wait()
         ray.train.report(dict(report.metrics))
+        if name != self._last_checkpoint:
+            self._leaving = self._notice.heard()
+            self._leave_if_told(name)
 
     def _write(
         self, name: str, model: TaVlad, state: TrainState, scores: Scores | None, on_written: Callable[[], None]
@@ -209,10 +239,14 @@ class _Trainer:
                 (directory / HISTORY).write_text(history, encoding="utf-8")
                 if scores is not None:
                     (directory / SCORES).write_bytes(_scores_to_bytes(scores))
-                self._checkpoints.save(name, directory)
+                outlast(lambda: self._checkpoints.save(name, directory), told=self._tell_of_waiting)
+            self._monitor.tell(Saved(name=name))
             on_written()
 
         self._writer.submit(write)
+
+    def _tell_of_waiting(self, note: str) -> None:
+        self._monitor.tell(Said(text=note or "the store answers again"))
 
 
 def _scores_to_bytes(scores: Scores) -> bytes:

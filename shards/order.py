@@ -24,16 +24,17 @@ def num_steps(num_clips: int, batch_size: int) -> int:
 
 
 def batch_slice(
-    order: Int64[np.ndarray, " N"], batch_size: int, step: int, rank: int, world: int
+    order: Int64[np.ndarray, " N"], batch_size: int, step: int, rank: int, world: int, num_ranks: int = 1
 ) -> Int64[np.ndarray, " B"]:
     """Rank's contiguous part of global batch `step`, which is order[step·G : (step+1)·G], G = `batch_size`.
 
-    Parts differ by at most one clip; of the last, short batch a rank may have none.
+    Parts differ by at most one clip; of the last, short batch a rank may have none. With `num_ranks` the part of so
+    many ranks, from `rank` on.
 
     >>> [batch_slice(np.arange(10), 4, 2, rank, 3).tolist() for rank in range(3)]
     [[], [8], [9]]
     """
-    assert 0 <= rank < world, (rank, world)
+    assert 0 <= rank < rank + num_ranks <= world, (rank, num_ranks, world)
     assert 0 <= step < num_steps(len(order), batch_size), step
     batch = order[step * batch_size : (step + 1) * batch_size]
-    return batch[len(batch) * rank // world : len(batch) * (rank + 1) // world]
+    return batch[len(batch) * rank // world : len(batch) * (rank + num_ranks) // world]

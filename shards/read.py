@@ -93,14 +93,16 @@ class ClipLoader:
         rank: int = 0,
         world: int = 1,
         cache: DiskCache | None = None,
+        num_ranks: int = 1,
     ) -> None:
-        """`cache` is where this node keeps clips over the epochs; without it every epoch reads them from the store."""
-        assert 0 <= rank < world, (rank, world)
+        """`cache` is where this node keeps clips over the epochs; without it every epoch reads them from the store.
+        `num_ranks`: this reader takes the shares of so many ranks, from `rank` on."""
+        assert 0 <= rank < rank + num_ranks <= world, (rank, num_ranks, world)
         self.clips = index.clips(split, part)
         self.options = options
         self._num_frames = index.num_frames
         self._store = store
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._num_ranks = rank, world, num_ranks
         self._cache = cache
         self._memory = BatchMemory(pin=options.pin_memory)
 
@@ -129,7 +131,7 @@ class ClipLoader:
             while True:
                 # Keep `prefetch_batches` batches under way.
                 while len(waiting) < self.options.prefetch_batches and (step := next(steps, None)) is not None:
-                    rows_B = batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
+                    rows_B = self._share(order_N, step)
                     batch = self._empty_batch(step, rows_B)
                     reads: list[Callable[[], None]] = []
                     for row, slot in zip(rows_B, batch.frames_BTCHW, strict=True):
@@ -200,7 +202,10 @@ class ClipLoader:
         """This rank's clips of each global batch of an epoch, from a step on."""
         order_N = self._order(epoch)
         for step in range(start_step, self.num_steps):
-            yield step, batch_slice(order_N, self.options.batch_size, step, self._rank, self._world)
+            yield step, self._share(order_N, step)
+
+    def _share(self, order_N: Int64[np.ndarray, " N"], step: int) -> Int64[np.ndarray, " B"]:
+        return batch_slice(order_N, self.options.batch_size, step, self._rank, self._world, self._num_ranks)
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " N"]:
         if not self.options.shuffle:

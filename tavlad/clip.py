@@ -56,6 +56,15 @@ class ClipBatch:
         frames_BTCHW, labels_B = (each.to(device, non_blocking=True) for each in (self.frames_BTCHW, self.labels_B))
         return replace(self, frames_BTCHW=frames_BTCHW, labels_B=labels_B)
 
+    def part(self, start: int, stop: int) -> "ClipBatch":
+        """Some of its clips, which may be none."""
+        return ClipBatch(
+            frames_BTCHW=self.frames_BTCHW[start:stop],
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
+
 
 class Features(NamedTuple):
     """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
@@ -94,6 +103,16 @@ class FeatureBatch:
     def to(self, device: torch.device) -> "FeatureBatch":
         """The same on a device; from page-locked memory without waiting for the copy."""
         return replace(self, features=self.features.to(device), labels_B=self.labels_B.to(device, non_blocking=True))
+
+    def part(self, start: int, stop: int) -> "FeatureBatch":
+        """Some of its clips, which may be none."""
+        maps, activation = self.features
+        return FeatureBatch(
+            features=Features(maps[start:stop], None if activation is None else activation[start:stop]),
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
 
 
 Batch = ClipBatch | FeatureBatch

@@ -302,7 +302,8 @@ def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
         return value
     if origin in (Union, types.UnionType):
         plain = [each for each in get_args(hint) if each is not type(None)]
-        return None if value is None else _parse_value(plain[0], value, where, default)
+        fitting = [each for each in plain if isinstance(each, type) and isinstance(value, each)]
+        return None if value is None else _parse_value((fitting or plain)[0], value, where, default)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} = {value!r}: must be a list")

@@ -31,12 +31,13 @@ def evaluate(
     probabilities: list[torch.Tensor] = []
     num_done = 0
     for batch in batches_on(device, batches):
-        if batch.keys:
-            with autocast(device, precision):
-                logits_BA = model(batch.inputs(device))
-            keys.extend(batch.keys)
-            labels.append(batch.labels_B.cpu())
-            probabilities.append(logits_BA.float().softmax(dim=1).cpu())
+        for share in world.shares(batch):
+            if share.batch.keys:
+                with autocast(device, precision):
+                    logits_BA = model(share.batch.inputs(device))
+                keys.extend(share.batch.keys)
+                labels.append(share.batch.labels_B.cpu())
+                probabilities.append(logits_BA.float().softmax(dim=1).cpu())
         num_done += batch.num_clips_in_global_batch
         if on_batch is not None:
             on_batch(num_done)

@@ -41,13 +41,6 @@ class SoftAttentionLstm(nn.Module):
         return scores_BN1.squeeze(-1).softmax(dim=1)
 
 
-def random_frame(frames_BTCHW: Tensor) -> Tensor:
-    """One frame of each clip, (B, 1, C, H, W), drawn from torch's generator of the CPU."""
-    num_clips, num_frames = frames_BTCHW.shape[:2]
-    rows_B = torch.randint(num_frames, (num_clips,))
-    return frames_BTCHW[torch.arange(num_clips), rows_B][:, None]
-
-
 def mean_of_probabilities(logits_BTA: Float[Tensor, "B T A"]) -> Float[Tensor, "B A"]:
     """Log of the average of the frames' probabilities: its softmax is that average."""
     return logits_BTA.log_softmax(dim=-1).logsumexp(dim=1) - torch.tensor(float(logits_BTA.shape[1])).log()

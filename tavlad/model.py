@@ -16,7 +16,8 @@ from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
 from tavlad.clip import Features
 from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
-from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities, random_frame
+from tavlad.draws import ClipDropout, RandomFrame
+from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities
 from tavlad.frozen import FrozenTrunk, normalise
 from tavlad.temporal import gru_over_time, sum_over_time
 from tavlad.vlad import DescriptorPca, VisualWords, Vlad
@@ -64,7 +65,8 @@ class TaVlad(nn.Module):
             if config.temporal == "gru":
                 self.gru = nn.GRU(size, config.gru_width, batch_first=True)
             width = config.num_clusters * (size if self.gru is None else config.gru_width)
-        self.dropout = nn.Dropout2d(config.dropout) if config.dropout_place == "cluster" else nn.Dropout(config.dropout)
+        self.dropout = ClipDropout(config.dropout, rows=config.dropout_place == "cluster")
+        self.random_frame = RandomFrame()
         self.classifier = nn.Linear(width, num_actions)
 
     def initialise(self, words: VisualWords) -> None:
@@ -103,13 +105,14 @@ class TaVlad(nn.Module):
         if isinstance(inputs, Features):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":
-                inputs = Features(random_frame(inputs.maps_BTDHW), None)
+                inputs = Features(self.random_frame(inputs.maps_BTDHW), None)
             return self._head(self.describe(inputs))
+        frames_BTCHW: Tensor = inputs
         if self.training and self.config.temporal == "single-frame":
-            inputs = random_frame(inputs)
-        logits_BA = self._head(self.encode(inputs))
+            frames_BTCHW = self.random_frame(inputs)
+        logits_BA = self._head(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self._head(self.encode(inputs.flip(-1)))) / 2
+            logits_BA = (logits_BA + self._head(self.encode(frames_BTCHW.flip(-1)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
@@ -163,7 +166,7 @@ class TaVlad(nn.Module):
             vlad_BTKD = self.dropout(vlad_BTKD)
         clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
         if self.config.dropout_place == "cluster":
-            clip_BKU = self.dropout(clip_BKU.unsqueeze(-1)).squeeze(-1)
+            clip_BKU = self.dropout(clip_BKU)
         if self.config.power != 1:
             clip_BKU = clip_BKU.sign() * (clip_BKU.abs() + _EPS).pow(self.config.power)
         video = normalize(clip_BKU.flatten(1), dim=-1, eps=1e-12)

@@ -1,5 +1,6 @@
 """The world a training runs in: alone, or one of several ranks that share each batch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from tavlad.clip import Batch
+from tavlad.reduction import TreeSum, parts_of
 
 _CPU = torch.device("cpu")
 
@@ -19,17 +23,47 @@ class World:
     size: int = 1
     device: torch.device = _CPU
     """Where this rank computes."""
+    virtual_ranks: int = 0
+    """Parts that each global batch is cut into, computed one by one and added up in a fixed order (`TreeSum`), so that
+    the result is the same to the bit for any number of ranks up to this one; 0: a part a rank, averaged by DDP."""
 
     @staticmethod
-    def current(device: torch.device = _CPU) -> "World":
+    def current(device: torch.device = _CPU, virtual_ranks: int = 0) -> "World":
         """The place in the process group that is open now; alone if none is."""
         if not dist.is_initialized():
-            return World(device=device)
-        return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+            return World(device=device, virtual_ranks=virtual_ranks)
+        return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, virtual_ranks=virtual_ranks)
+
+    @property
+    def num_parts(self) -> int:
+        """Contiguous parts of a global batch; the first of two neighbours may be a clip smaller."""
+        return self.virtual_ranks or self.size
+
+    @property
+    def parts(self) -> range:
+        """The parts that this rank computes."""
+        return parts_of(self.rank, self.size, self.num_parts)
+
+    def shares(self, batch: Batch) -> Iterator["Share"]:
+        """This rank's batch by parts."""
+        num_clips, num_parts = batch.num_clips_in_global_batch, self.num_parts
+        bounds = [num_clips * part // num_parts for part in range(self.parts.start, self.parts.stop + 1)]
+        first = bounds[0]
+        assert len(batch.keys) == bounds[-1] - first, "a rank reads what it computes"
+        for part, start, stop in zip(self.parts, bounds, bounds[1:], strict=False):
+            share = batch if len(self.parts) == 1 else batch.part(start - first, stop - first)
+            yield Share(part=part, positions=range(start, stop), batch=share)
+
+    def tree_sum(self, model: nn.Module) -> TreeSum | None:
+        """What adds up the parts' gradients, where it is not DDP that averages the ranks'."""
+        if not self.virtual_ranks:
+            return None
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return TreeSum(parameters, self.rank, self.size, self.virtual_ranks)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over the ranks; only what may learn is communicated."""
-        if self.size == 1:
+        if self.size == 1 or self.virtual_ranks:
             return model
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -48,6 +82,17 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """A part of a global batch."""
+
+    part: int
+    positions: range
+    """Of its clips in the global batch."""
+    batch: Batch
+    """They themselves; none, where there are fewer clips than parts."""
 
 
 ALONE = World()

@@ -14,11 +14,13 @@ from tavlad.ahead import batches_on
 from tavlad.checkpoint import TrainState
 from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
+from tavlad.draws import seed_clips
 from tavlad.evaluate import evaluate
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import ALONE, World, autocast
+from tavlad.reduction import TreeSum
 
 
 class Diverged(ValueError):
@@ -89,8 +91,9 @@ def fit(
     """Train the model in place through one stage, from the step that `resume` names.
 
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
-    batch, whatever the number of ranks and however unevenly they share it. Raises `Diverged` when the loss is no longer
-    a number.
+    batch, whatever the number of ranks and however unevenly they share it; the model's draws are a matter of the clip's
+    place in that batch. So the number of ranks changes nothing but the order in which float32 values are added up, and
+    with `world.virtual_ranks` not even that. Raises `Diverged` when the loss is no longer a number.
     """
     stage, number = plan.stage, plan.number
     train = _Repeated(train, stage.passes(train.num_steps))
@@ -100,7 +103,7 @@ def fit(
     resume = resume or TrainState(stage=number, next_epoch=0, optimizer=optimizer.state_dict())
     assert resume.stage == number, "a state resumes its own stage"
     optimizer.load_state_dict(resume.optimizer)
-    epochs = _Epochs(world.wrap(model), optimizer, plan, train, listeners, world)
+    epochs = _Epochs(world.wrap(model), optimizer, plan, train, listeners, world, world.tree_sum(model))
     for epoch in range(resume.next_epoch, stage.epochs):
         metrics = epochs.run(epoch, resume if epoch == resume.next_epoch else None)
         scores = None
@@ -128,6 +131,7 @@ class _Epochs:
     train: Batches
     listeners: Listeners
     world: World
+    tree_sum: TreeSum | None
 
     def run(self, epoch: int, resume: TrainState | None) -> dict[str, float]:
         """One pass over the training part, or what is left of it; returns its metrics over all ranks."""
@@ -141,9 +145,7 @@ class _Epochs:
         self.model.train()
         batches = self.train.epoch(epoch + plan.number * _EPOCHS_APART, first)
         for step, batch in enumerate(batches_on(world.device, batches), start=first):
-            # Dropout is a function of the step, so that resuming needs no generator state.
-            torch.manual_seed(step_seed(plan.training.seed, plan.number, epoch, step, world.rank))
-            loss = _step(self.model, self.optimizer, batch, plan.training, world, sums)
+            loss = self._step(batch, epoch, step, sums)
             if not math.isfinite(loss):
                 raise Diverged(
                     f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
@@ -157,6 +159,27 @@ class _Epochs:
         num_clips = world.sum(torch.tensor(sums.clips - num_before)).item()
         rates = {"clips_per_second": num_clips / seconds, "lr": self.optimizer.param_groups[0]["lr"]}
         return sums.over(world) | rates
+
+    def _step(self, batch: Batch, epoch: int, step: int, sums: "_Sums") -> float:
+        """One optimiser step; returns this rank's part of the loss, summed over its clips."""
+        world, seed = self.world, self.plan.training.seed
+        # Ranks' gradients are averaged by DDP: times the world's size, over the global batch, they are the global mean.
+        weight = (1 if self.tree_sum else world.size) / batch.num_clips_in_global_batch
+        before = sums.loss
+        self.optimizer.zero_grad(set_to_none=True)
+        for share in world.shares(batch):
+            # A draw is a function of the clip's place in the epoch, so that resuming needs no generator state. A blank
+            # clip, in place of none, draws too.
+            seeds = [draw_seed(seed, self.plan.number, epoch, step, position) for position in share.positions]
+            seed_clips(self.model, seeds or [0])
+            if share.batch.keys or self.tree_sum is None:
+                _add_gradients(self.model, share.batch, self.plan.training, weight, sums)
+            if self.tree_sum is not None:
+                self.tree_sum.add(share.part, computed=bool(share.batch.keys))
+        if self.tree_sum is not None:
+            self.tree_sum.finish()
+        self.optimizer.step()
+        return sums.loss - before
 
     def _state(self, epoch: int, next_step: int, sums: "_Sums") -> TrainState:
         return TrainState(
@@ -194,9 +217,9 @@ def epochs_read(plan: StagePlan, steps_a_pass: int) -> range:
 _EPOCHS_APART = 1_000_000  # stage 2 draws other orders and views than stage 1
 
 
-def step_seed(seed: int, stage: int, epoch: int, step: int, rank: int) -> int:
-    """A generator seed of its own for each rank's step, below 2^63."""
-    text = f"{seed}/{stage}/{epoch}/{step}/{rank}".encode()
+def draw_seed(seed: int, stage: int, epoch: int, step: int, position: int) -> int:
+    """A generator seed of its own for each clip of a step's global batch, below 2^63."""
+    text = f"{seed}/{stage}/{epoch}/{step}/{position}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
@@ -216,15 +239,8 @@ class _Sums:
         return {"train/loss": loss / clips, "train/top1": correct / clips}
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    training: TrainingConfig,
-    world: World,
-    sums: _Sums,
-) -> float:
-    """One optimiser step; returns this rank's part of the loss, summed over its clips."""
+def _add_gradients(model: nn.Module, batch: Batch, training: TrainingConfig, weight: float, sums: _Sums) -> None:
+    """Add the gradients of the clips' losses times `weight` to the parameters', and the clips to the sums."""
     device = next(model.parameters()).device
     num_clips = len(batch.keys)
     labels_B = batch.labels_B.to(device) if num_clips else torch.zeros(1, dtype=torch.int64, device=device)
@@ -234,12 +250,7 @@ def _step(
         logits_BA.float(), labels_B, reduction="none", label_smoothing=training.label_smoothing
     )
     loss_sum = losses_B.sum() * (num_clips > 0)
-    optimizer.zero_grad(set_to_none=True)
-    # Ranks' gradients are averaged: times the world's size, over the global batch, they are the global mean.
-    (loss_sum * world.size / batch.num_clips_in_global_batch).backward()
-    optimizer.step()
-    loss = loss_sum.item()
-    sums.loss += loss
+    (loss_sum * weight).backward()
+    sums.loss += loss_sum.item()
     sums.correct += int((logits_BA[:num_clips].argmax(dim=1) == labels_B[:num_clips]).sum())
     sums.clips += num_clips
-    return loss

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from tavlad.config import ModelConfig
-from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities, random_frame
+from tavlad.draws import RandomFrame
+from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities
 from tavlad.optim import choose_trained
 from tavlad.train import Listeners, StagePlan, fit
 from tests.tavlad.tiny import CONFIG, STAGE1, TRAINING, TinyBatches, build_model
@@ -65,7 +66,7 @@ def test_single_frames_agree_by_their_probabilities() -> None:
 def test_training_on_single_frames_sees_one_random_frame_and_testing_sees_all() -> None:
     frames = torch.arange(5, dtype=torch.uint8).repeat(64, 1)[:, :, None, None, None].expand(64, 5, 3, 2, 2)
     torch.manual_seed(0)
-    drawn = random_frame(frames)
+    drawn = RandomFrame()(frames)
     assert drawn.shape == (64, 1, 3, 2, 2)
     assert set(drawn[:, 0, 0, 0, 0].tolist()) == {0, 1, 2, 3, 4}
 
@@ -80,7 +81,7 @@ def test_training_on_single_frames_sees_one_random_frame_and_testing_sees_all() 
         torch.manual_seed(0)
         one = model(clips)
         torch.manual_seed(0)
-        torch.testing.assert_close(one, model.eval()(random_frame(clips)))
+        torch.testing.assert_close(one, model.eval()(RandomFrame()(clips)))
 
 
 @pytest.mark.parametrize("temporal", ["consensus", "single-frame", "lstm-attention"])

@@ -208,20 +208,38 @@ def test_test_part_is_scored_at_the_chosen_epochs_and_at_the_last() -> None:
     assert len(reports[-1].scores.keys) == 6
 
 
-def _rank(rank: int, world: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    model = build_model(dataclasses.replace(CONFIG, dropout=0.0))
+_WORLDS = (2, 3, 4)
+_VIRTUAL = 4
+
+
+def _train_in(world: World) -> dict[str, Any]:
+    """Stage 2 with dropout; 10 clips in batches of 4, 4 and 2: shares are uneven and some are empty."""
+    model = build_model()
     plan = StagePlan(number=2, stage=STAGE2, training=TRAINING)
     reports: list[EpochReport] = []
-    train, test = TinyBatches(10, 4, rank, world), TinyBatches(6, 4, rank, world)
-    fit(model, plan, train, test, Listeners(on_epoch=reports.append), world=World.current())
+    train, test = (TinyBatches(count, 4, world.rank, world.size, world.virtual_ranks) for count in (10, 6))
+    fit(model, plan, train, test, Listeners(on_epoch=reports.append), world=world)
     scores = reports[-1].scores
     assert scores is not None
-    result = {"weights": _weights(model), "metrics": [report.metrics for report in reports], "keys": list(scores.keys)}
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    metrics = [report.metrics | {"clips_per_second": 0.0} for report in reports]
+    return {
+        "weights": _weights(model),
+        "metrics": metrics,
+        "keys": list(scores.keys),
+        "probabilities": torch.from_numpy(scores.probabilities),
+    }
+
+
+def _rank(rank: int, _: int, ports: list[int], folder: str) -> None:
+    torch.set_num_threads(1)
+    for size, port in zip(_WORLDS, ports, strict=True):
+        if rank < size:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            dist.init_process_group("gloo", rank=rank, world_size=size)
+            for virtual in (0, _VIRTUAL):
+                result = _train_in(World.current(virtual_ranks=virtual))
+                torch.save(result, Path(folder) / f"{size}-{virtual}-{rank}.pt")
+            dist.destroy_process_group()
 
 
 def _free_port() -> int:
@@ -240,21 +258,61 @@ def _spawn(target: Callable[..., None], world: int, *arguments: Any) -> None:
     assert [process.exitcode for process in processes] == [0] * world
 
 
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int], dict[str, Any]]:
+    """What a rank ended with, by (ranks, virtual ranks, rank)."""
+    folder = tmp_path_factory.mktemp("worlds")
+    _spawn(_rank, max(_WORLDS), [_free_port() for _ in _WORLDS], str(folder))
+    return lambda size, virtual, rank: torch.load(folder / f"{size}-{virtual}-{rank}.pt", weights_only=True)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the ranks compute: sums of several threads are added up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _assert_ranks_agree(found: Callable[[int, int, int], dict[str, Any]], size: int, virtual: int) -> None:
+    first = found(size, virtual, 0)
+    for rank in range(1, size):
+        assert not _changed(first["weights"], found(size, virtual, rank)["weights"]), "ranks stay equal to the bit"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_that_share_each_batch_train_as_one_does(tmp_path: Path, world: int) -> None:
-    # 10 clips in batches of 4, 4 and 2: with 3 ranks the shares are uneven and one is empty.
-    alone = build_model(dataclasses.replace(CONFIG, dropout=0.0))
-    reports = _run(alone, 2, STAGE2)
-    _spawn(_rank, world, _free_port(), str(tmp_path))
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for name, tensor in _weights(alone).items():
-        assert torch.equal(results[0]["weights"][name], results[1]["weights"][name]), "ranks stay equal to the bit"
-        torch.testing.assert_close(results[0]["weights"][name], tensor, rtol=1e-4, atol=1e-5)
-    for metrics, report in zip(results[0]["metrics"], reports, strict=True):
-        assert metrics["train/loss"] == pytest.approx(report.metrics["train/loss"], rel=1e-4)
-        assert metrics["test/top1"] == pytest.approx(report.metrics["test/top1"])
-    assert results[0]["keys"] == [f"clip{row}" for row in range(6)], "every clip is scored once"
+@pytest.mark.parametrize("size", _WORLDS)
+def test_ranks_that_share_each_batch_train_as_one_does(
+    worlds: Callable[[int, int, int], dict[str, Any]], one_thread: None, size: int
+) -> None:
+    alone, found = _train_in(World()), worlds(size, 0, 0)
+    _assert_ranks_agree(worlds, size, 0)
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+    for metrics, expected in zip(found["metrics"], alone["metrics"], strict=True):
+        assert metrics == pytest.approx(expected, rel=1e-4)
+    assert found["keys"] == [f"clip{row}" for row in range(6)], "every clip is scored once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", _WORLDS)
+def test_virtual_ranks_give_the_same_bits_whatever_the_number_of_real_ones(
+    worlds: Callable[[int, int, int], dict[str, Any]], one_thread: None, size: int
+) -> None:
+    alone, found = _train_in(World(virtual_ranks=_VIRTUAL)), worlds(size, _VIRTUAL, 0)
+    _assert_ranks_agree(worlds, size, _VIRTUAL)
+    assert not _changed(alone["weights"], found["weights"])
+    assert found["metrics"] == alone["metrics"]
+    assert torch.equal(found["probabilities"], alone["probabilities"])
+    plain = _train_in(World())
+    for name, tensor in plain["weights"].items():
+        torch.testing.assert_close(alone["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_more_ranks_than_virtual_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 workers for resources\.virtual_ranks = 2"):
+        World(rank=0, size=3, virtual_ranks=2).tree_sum(build_model())
 
 
 def test_clip_batch_checks_itself() -> None:

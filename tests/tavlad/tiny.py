@@ -9,6 +9,7 @@ from tavlad.checkpoint import ModelCard
 from tavlad.clip import ClipBatch
 from tavlad.config import ModelConfig, StageConfig, TrainingConfig
 from tavlad.model import TaVlad
+from tavlad.reduction import parts_of
 
 NUM_ACTIONS = 4
 CONFIG = ModelConfig(trunk="resnet18", weights="none", num_clusters=3, gru_width=5, alpha=5.0)
@@ -31,11 +32,14 @@ def build_model(config: ModelConfig = CONFIG, seed: int = 0) -> TaVlad:
 class TinyBatches:
     """Random clips in an order that the epoch decides, dealt to ranks; the last batch is short."""
 
-    def __init__(self, num_clips: int = 10, batch_size: int = 4, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, num_clips: int = 10, batch_size: int = 4, rank: int = 0, world: int = 1, num_parts: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(7)
         self._frames = torch.randint(0, 256, (num_clips, 3, 3, 32, 32), dtype=torch.uint8, generator=generator)
         self._labels = torch.arange(num_clips) % NUM_ACTIONS
         self._batch_size, self._rank, self._world = batch_size, rank, world
+        self._num_parts = num_parts or world
 
     @property
     def num_steps(self) -> int:
@@ -45,7 +49,9 @@ class TinyBatches:
         order = np.random.default_rng(epoch).permutation(len(self._labels))
         for step in range(start_step, self.num_steps):
             rows = order[step * self._batch_size : (step + 1) * self._batch_size]
-            own = torch.from_numpy(np.array_split(rows, self._world)[self._rank])
+            parts = parts_of(self._rank, self._world, self._num_parts)
+            bounds = (len(rows) * each // self._num_parts for each in (parts.start, parts.stop))
+            own = torch.from_numpy(rows[slice(*bounds)])
             yield ClipBatch(
                 frames_BTCHW=self._frames[own],
                 labels_B=self._labels[own],

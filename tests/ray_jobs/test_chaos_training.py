@@ -1,0 +1,369 @@
+"""A training whose workers, driver, store, tracking server or disk fail: it ends with the weights of an undisturbed
+one, to the bit, has told MLflow every metric once, and leaves nothing behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from mlflow import MlflowClient
+from safetensors.numpy import load
+
+from infra import local, process
+from infra.site import Site
+from shards.render import render_videos
+from shards.store import Store, open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
+
+_EPOCHS = {1: 6, 2: 3}
+_TINY = [
+    *("model.trunk=resnet18", "model.weights=none", "model.num_clusters=4", "model.gru_width=16"),
+    *("training.crop=64", "training.batch_size=8", "training.evaluate_every=3"),
+    *(f"stage1.epochs={_EPOCHS[1]}", f"stage2.epochs={_EPOCHS[2]}", "stage1.features=never"),
+    *("resources.checkpoint_steps=2", "resources.workers=2"),
+]
+_SECONDS_TO_RECOVER = 30.0
+Weights = dict[str, np.ndarray]
+
+
+class Training:
+    """`tavlad train` in a process of its own, and what it says, with the time of it."""
+
+    def __init__(self, number: int, *changes: str, **environment: str) -> None:
+        """Trainings of different numbers have names of their own and compute the same: the decay they differ in is
+        after the last epoch."""
+        settings = [*_TINY, f"stage1.decay_every={100 + number}", *changes]
+        command = [sys.executable, "-m", "ray_jobs.cli", "train", "demo", "--dataset", "chaos", "--no-register"]
+        command += [word for setting in settings for word in ("--set", setting)]
+        self.lines: list[tuple[float, str]] = []
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | environment,
+            cwd=Path(__file__).parents[2],
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line.rstrip()))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+    def when(self, pattern: str) -> float | None:
+        """When a line like this was first said."""
+        return next((moment for moment, line in list(self.lines) if re.search(pattern, line)), None)
+
+    def until(self, pattern: str, seconds: float = 200) -> float:
+        return _until(lambda: self.when(pattern), seconds, self)
+
+    @property
+    def name(self) -> str:
+        (name,) = re.findall(r"Training (\S+)", self.text)
+        return name
+
+    def ends_well(self) -> None:
+        self.process.wait(timeout=300)
+        self._reader.join()
+        assert self.process.returncode == 0, self.text
+
+
+def _until(holds: Callable[[], Any], seconds: float = 120, training: Training | None = None) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        said = "" if training is None else training.text
+        assert time.monotonic() < deadline, f"it did not come to that: {said}"
+        assert training is None or training.process.poll() is None, said
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def chaos_set(local_site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A few rendered videos, packed as `chaos`."""
+    folder = tmp_path_factory.mktemp("chaos")
+    render_videos(folder, 5, 0, (96, 72))
+    command = ["pack", str(folder), "--name", "chaos", "--num-frames", "8", "--short-side", "72"]
+    command += ["--layout", "table", "--splits", str(folder / "videos.csv")]
+    subprocess.run([sys.executable, "-m", "ray_jobs.cli", *command], check=True)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a training ends with when nothing happens."""
+
+    weights: Weights
+    history: list[dict[str, Any]]
+
+
+def _runs(site: Site) -> Store:
+    return open_store(site.runs_uri, site.s3)
+
+
+def _result(site: Site, name: str) -> Undisturbed:
+    store = _runs(site)
+    checkpoint = max(path for path in store.list(f"{name}/checkpoints/") if path.endswith("complete.json"))
+    folder = checkpoint.rpartition("/")[0]
+    assert folder.endswith(f"stage2-epoch{_EPOCHS[2]:05d}"), folder
+    history = json.loads(store.read(f"{folder}/history.json"))
+    return Undisturbed(load(store.read(f"{folder}/weights.safetensors")), history)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_site: Site, chaos_set: None) -> Undisturbed:
+    training = Training(0)
+    training.ends_well()
+    return _result(local_site, training.name)
+
+
+@pytest.fixture
+def ends_as_undisturbed(local_site: Site, undisturbed: Undisturbed) -> Callable[[Training], None]:
+    """Asserts all that a disturbed training promises."""
+
+    def check(training: Training) -> None:
+        found = _result(local_site, training.name)
+        assert found.weights.keys() == undisturbed.weights.keys()
+        for name, tensor in undisturbed.weights.items():
+            assert np.array_equal(found.weights[name], tensor), name
+        _assert_told_once(local_site, training.name, undisturbed.history)
+        _until(lambda: not _left_behind(local_site), 60)
+
+    return check
+
+
+def _assert_told_once(site: Site, name: str, history: list[dict[str, Any]]) -> None:
+    client = MlflowClient(site.mlflow_uri)
+    experiment = client.get_experiment_by_name("tavlad/chaos")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    for number in (1, 2):
+        (run,) = [run for run in runs if run.data.tags["tavlad.run"] == f"{name}/stage{number}"]
+        for metric in ("train/loss", "test/top1"):
+            rows = [row for row in history if row["stage"] == number and metric in row]
+            points = client.get_metric_history(run.info.run_id, metric)
+            assert [(point.step, point.value) for point in points] == [(row["epoch"], row[metric]) for row in rows]
+
+
+def _ray_processes(site: Site, word: str) -> list[psutil.Process]:
+    """Processes of this test's own cluster whose title has the word."""
+    cluster = {member.pid for member in process.members(f"{site.state}:ray")}
+    found: list[psutil.Process] = []
+    for each in psutil.process_iter():
+        try:
+            if word in " ".join(each.cmdline()) and cluster & {each.pid, *(parent.pid for parent in each.parents())}:
+                found.append(each)
+        except psutil.Error:
+            continue
+    return found
+
+
+_GROUPS = """
+from infra.site import activate, load_site
+site = load_site()
+activate(site)
+import ray
+from ray_jobs.cluster import connect
+connect(site)
+groups = ray.util.placement_group_table()
+print(sum(each["state"] != "REMOVED" for each in groups.values()))
+"""
+
+
+def _left_behind(site: Site) -> str:
+    for word in ("RayTrainWorker", "TrainController"):
+        if left := _ray_processes(site, word):
+            return f"{word}: {left}"
+    groups = subprocess.run([sys.executable, "-c", _GROUPS], capture_output=True, text=True, check=True).stdout
+    return "" if int(groups) == 0 else f"{groups} placement groups"
+
+
+def _kill_service(site: Site, name: str) -> None:
+    for member in process.members(f"{site.state}:{name}"):
+        member.kill()
+
+
+def test_a_killed_worker_is_replaced_within_half_a_minute(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(1)
+    store = _runs(local_site)
+    training.until("stage 1 steps")
+    _until(lambda: "stage1-epoch00001/complete.json" in " ".join(store.list(f"{training.name}/")), training=training)
+    _ray_processes(local_site, "RayTrainWorker")[-1].kill()
+    killed = time.monotonic()
+    again = training.until("training again after")
+    training.ends_well()
+    assert training.when(r"worker .* (died|lost).*starting again now \(restart 1 of at most 5") is not None, (
+        training.text
+    )
+    assert again - killed < _SECONDS_TO_RECOVER, training.text
+    ends_as_undisturbed(training)
+
+
+def test_a_killed_driver_goes_on_when_it_is_submitted_again(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(2)
+    training.until("stage 1 steps")
+    _until(lambda: "epoch00002" in " ".join(_runs(local_site).list(f"{training.name}/")), training=training)
+    training.process.kill()
+    training.process.wait()
+    again = Training(2)
+    again.ends_well()
+    assert again.when("going on from checkpoint stage") is not None, "killed too late to prove anything"
+    ends_as_undisturbed(again)
+
+
+def test_a_store_that_is_killed_while_a_checkpoint_is_written_is_waited_for(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(3)
+    training.until("stage 1 steps")
+
+    def is_writing() -> bool:
+        paths = _runs(local_site).list(f"{training.name}/checkpoints/")
+        begun = {path.rpartition("/")[0] for path in paths}
+        return any(f"{each}/complete.json" not in paths for each in begun)
+
+    _until(is_writing, training=training)
+    _kill_service(local_site, "s3")
+    time.sleep(30)
+    assert training.process.poll() is None, training.text
+    local.up(services=["s3"])
+    training.ends_well()
+    assert training.when("waiting for the store") is not None, training.text
+    ends_as_undisturbed(training)
+
+
+def test_mlflow_away_for_all_of_stage_1_is_told_afterwards(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(4)
+    training.until("Training chaos")
+    _kill_service(local_site, "mlflow")
+    training.until("stage 2 steps")
+    local.up(services=["mlflow"])
+    training.ends_well()
+    subprocess.run([sys.executable, "-m", "ray_jobs.cli", "deliver"], check=True, capture_output=True)
+    ends_as_undisturbed(training)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Generator[Path]:
+    """A disk of 256 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_for_the_cache_is_done_without(
+    full_disk: Path, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(5, TAVLAD_CACHE=str(full_disk))
+    training.ends_well()
+    status = os.statvfs(full_disk)
+    assert status.f_bavail * status.f_bsize < 64_000, "it was full"
+    ends_as_undisturbed(training)
+
+
+def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None]
+) -> None:
+    training = Training(6, "resources.checkpoint_steps=0")
+    training.until("stage 1 steps")
+    _ray_processes(local_site, "RayTrainWorker")[-1].send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    saved = training.until(r"a worker was told to end \(SIGTERM\): saved stage")
+    assert saved - told < 10
+    training.ends_well()
+    assert training.when("; 0 steps are repeated") is not None, training.text
+    assert training.when("restart 1 of") is None, "an announced end is not counted"
+    ends_as_undisturbed(training)
+
+
+def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None) -> None:
+    training = Training(7, "stage1.lr=1e30")
+    training.process.wait(timeout=200)
+    assert training.process.returncode == 2, training.text
+    assert training.when(r"error: the loss became .* lower stage1\.lr") is not None, training.text
+    assert training.when("starting again") is None, training.text
+    assert "Traceback" not in training.text
+
+
+_JOIN = ["start", "--num-cpus=1", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+
+
+@pytest.fixture
+def join(local_site: Site) -> Generator[Callable[[], "subprocess.Popen[bytes]"]]:
+    """Adds a node of one CPU to the cluster: a raylet of its own."""
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "ray.scripts.scripts", *_JOIN, f"--address={local_site.ray_address}"]
+        environment = os.environ | local_site.ray_environment() | {"TAVLAD_HOME": str(local_site.state)}
+        nodes.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+        )
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        _kill_node(node)
+
+
+def _kill_node(node: "subprocess.Popen[bytes]") -> None:
+    if node.poll() is None:
+        for each in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            each.kill()
+        node.wait()
+
+
+def test_a_training_goes_on_with_fewer_workers_and_grows_again(
+    local_site: Site, chaos_set: None, join: Callable[[], "subprocess.Popen[bytes]"]
+) -> None:
+    """Three workers, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
+    fixed = ["resources.reduce=deterministic", "resources.virtual_ranks=4"]
+    alone = Training(8, *fixed, "resources.workers=1")
+    alone.ends_well()
+    node = join()
+    time.sleep(8)
+    longer = ["resources.workers=1-3", "resources.resize_seconds=5"]
+    training = Training(9, *fixed, *longer)
+    training.until("stage 1 steps")
+    _until(lambda: len(_ray_processes(local_site, "RayTrainWorker")) >= 2, training=training)
+    _kill_node(node)
+    training.until("going on from checkpoint .* with 2 workers|beginning again with 2 workers")
+    join()
+    training.until("the cluster has room for 3 workers")
+    training.until("going on from checkpoint .* with 3 workers")
+    training.ends_well()
+    expected, found = _result(local_site, alone.name), _result(local_site, training.name)
+    assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+    _assert_told_once(local_site, training.name, expected.history)
+    _until(lambda: not _left_behind(local_site), 60)

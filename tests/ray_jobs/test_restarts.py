@@ -1,0 +1,60 @@
+"""When a training that lost its workers is started again, and after how long."""
+
+import pytest
+
+from ray_jobs.monitor import Leaving, Lost, Saved, UserError, _Monitor
+from ray_jobs.recipe import load_recipe
+
+
+def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> None:
+    monitor = _Monitor()
+    assert [monitor.lost("worker 1 died", 4) for _ in range(5)] == [0, 5, 10, 20, None]
+    *lost, error = monitor.read()
+    assert [type(news) for news in lost] == [Lost] * 4
+    assert isinstance(lost[1], Lost)
+    assert lost[1].text == ("worker 1 died; starting again in 5 s (restart 2 of at most 4 without a new checkpoint)")
+    assert isinstance(error, UserError)
+    assert "worker 1 died; it was started again 4 times without reaching a new checkpoint" in error.text
+    assert monitor.error() == error.text
+
+
+def test_a_new_checkpoint_begins_the_count_anew() -> None:
+    monitor = _Monitor()
+    for _ in range(20):
+        assert [monitor.lost("it died", 2), monitor.lost("it died", 2)] == [0, 5]
+        monitor.tell(Saved(name="stage1-epoch00001"))
+
+
+def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None:
+    monitor = _Monitor()
+    for _ in range(20):
+        monitor.tell(Leaving(text="SIGTERM"))
+        assert monitor.has_left()
+        assert monitor.lost("it left", 1) == 0
+        assert not monitor.has_left()
+    assert monitor.lost("it died", 0) is None
+
+
+def test_what_the_user_must_mend_is_never_tried_again() -> None:
+    monitor = _Monitor()
+    monitor.tell(UserError(text="lower stage1.lr"))
+    monitor.tell(UserError(text="collateral"))
+    assert monitor.lost("it failed", 100) is None
+    assert monitor.error() == "lower stage1.lr", "the first cause"
+
+
+@pytest.mark.parametrize(("text", "range_"), [("3", (3, 3)), ("2-8", (2, 8)), ("1 - 1", (1, 1))])
+def test_workers_are_a_number_or_a_range(text: str, range_: tuple[int, int]) -> None:
+    resources = load_recipe("demo", [f"resources.workers={text}"], "set").resources
+    assert (resources.fewest_workers, resources.most_workers) == range_
+
+
+@pytest.mark.parametrize("text", ["0", "8-2", "0-2", "many", "2-"])
+def test_other_numbers_of_workers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r'resources\.workers = .*: must be at least 1, or a range such as "2-8"'):
+        load_recipe("demo", [f"resources.workers={text}"], "set")
+
+
+def test_more_workers_than_virtual_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"resources\.virtual_ranks = 8: must be at least the number of workers \(9\)"):
+        load_recipe("demo", ["resources.workers=2-9", "resources.reduce=deterministic"], "set")
