@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -175,7 +176,8 @@ def _ray_processes(site: Site, word: str) -> list[psutil.Process]:
     return found
 
 
-_GROUPS = """
+_ASK = """
+import sys
 from infra.site import activate, load_site
 site = load_site()
 activate(site)
@@ -183,16 +185,23 @@ import ray
 from ray_jobs.cluster import connect
 connect(site)
 groups = ray.util.placement_group_table()
-print(sum(each["state"] != "REMOVED" for each in groups.values()))
+print(eval(sys.argv[1]))
 """
+_CPUS = 'ray.cluster_resources()["CPU"]'
+_GROUPS = 'sum(each["state"] != "REMOVED" for each in groups.values())'
+
+
+def _ask_cluster(expression: str) -> int:
+    command = [sys.executable, "-c", _ASK, f"int({expression})"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def _left_behind(site: Site) -> str:
     for word in ("RayTrainWorker", "TrainController"):
         if left := _ray_processes(site, word):
             return f"{word}: {left}"
-    groups = subprocess.run([sys.executable, "-c", _GROUPS], capture_output=True, text=True, check=True).stdout
-    return "" if int(groups) == 0 else f"{groups} placement groups"
+    groups = _ask_cluster(_GROUPS)
+    return f"{groups} placement groups" if groups else ""
 
 
 def _kill_service(site: Site, name: str) -> None:
@@ -315,6 +324,14 @@ def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None) -> Non
 
 
 _JOIN = ["start", "--num-cpus=1", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+_JOIN += ["--min-worker-port=0", "--max-worker-port=0"]
+_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -324,6 +341,7 @@ def join(local_site: Site) -> Generator[Callable[[], "subprocess.Popen[bytes]"]]
 
     def start() -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "ray.scripts.scripts", *_JOIN, f"--address={local_site.ray_address}"]
+        command += [f"--{name}-port={_free_port()}" for name in _PORTS]
         environment = os.environ | local_site.ray_environment() | {"TAVLAD_HOME": str(local_site.state)}
         nodes.append(
             subprocess.Popen(
@@ -347,21 +365,22 @@ def _kill_node(node: "subprocess.Popen[bytes]") -> None:
 def test_a_training_goes_on_with_fewer_workers_and_grows_again(
     local_site: Site, chaos_set: None, join: Callable[[], "subprocess.Popen[bytes]"]
 ) -> None:
-    """Three workers, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
-    fixed = ["resources.reduce=deterministic", "resources.virtual_ranks=4"]
+    """Three workers, say, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
+    cpus = _ask_cluster(_CPUS)
+    fixed = ["resources.reduce=deterministic", f"resources.virtual_ranks={cpus + 2}", "stage1.epochs=30"]
     alone = Training(8, *fixed, "resources.workers=1")
     alone.ends_well()
     node = join()
-    time.sleep(8)
-    longer = ["resources.workers=1-3", "resources.resize_seconds=5"]
+    _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
+    longer = [f"resources.workers=1-{cpus + 1}", "resources.resize_seconds=5"]
     training = Training(9, *fixed, *longer)
     training.until("stage 1 steps")
-    _until(lambda: len(_ray_processes(local_site, "RayTrainWorker")) >= 2, training=training)
+    assert training.when(f"beginning with {cpus + 1} workers") is not None, training.text
     _kill_node(node)
-    training.until("going on from checkpoint .* with 2 workers|beginning again with 2 workers")
+    training.until(f"(going on from checkpoint .*|beginning) with {cpus} workers")
     join()
-    training.until("the cluster has room for 3 workers")
-    training.until("going on from checkpoint .* with 3 workers")
+    training.until(f"the cluster has room for {cpus + 1} workers")
+    training.until(f"going on from checkpoint .* with {cpus + 1} workers")
     training.ends_well()
     expected, found = _result(local_site, alone.name), _result(local_site, training.name)
     assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
