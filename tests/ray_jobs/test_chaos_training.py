@@ -204,6 +204,18 @@ def _left_behind(site: Site) -> str:
     return f"{groups} placement groups" if groups else ""
 
 
+def _until_saved(site: Site, training: Training) -> None:
+    """The training runs, and would not begin anew."""
+    training.until("beginning with")
+    _until(
+        lambda: any(
+            path.endswith("complete.json")
+            for path in _runs(site).list(f"{training.name}/checkpoints/stage1-epoch00001")
+        ),
+        training=training,
+    )
+
+
 def _kill_service(site: Site, name: str) -> None:
     for member in process.members(f"{site.state}:{name}"):
         member.kill()
@@ -213,9 +225,7 @@ def test_a_killed_worker_is_replaced_within_half_a_minute(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(1)
-    store = _runs(local_site)
-    training.until("stage 1 steps")
-    _until(lambda: "stage1-epoch00001/complete.json" in " ".join(store.list(f"{training.name}/")), training=training)
+    _until_saved(local_site, training)
     _ray_processes(local_site, "RayTrainWorker")[-1].kill()
     killed = time.monotonic()
     again = training.until("training again after")
@@ -231,8 +241,7 @@ def test_a_killed_driver_goes_on_when_it_is_submitted_again(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(2)
-    training.until("stage 1 steps")
-    _until(lambda: "epoch00002" in " ".join(_runs(local_site).list(f"{training.name}/")), training=training)
+    _until_saved(local_site, training)
     training.process.kill()
     training.process.wait()
     again = Training(2)
@@ -245,7 +254,7 @@ def test_a_store_that_is_killed_while_a_checkpoint_is_written_is_waited_for(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(3)
-    training.until("stage 1 steps")
+    _until_saved(local_site, training)
 
     def is_writing() -> bool:
         paths = _runs(local_site).list(f"{training.name}/checkpoints/")
@@ -268,7 +277,7 @@ def test_mlflow_away_for_all_of_stage_1_is_told_afterwards(
     training = Training(4)
     training.until("Training chaos")
     _kill_service(local_site, "mlflow")
-    training.until("stage 2 steps")
+    training.until("stage 1 steps: .*, loss")  # the line of its end
     local.up(services=["mlflow"])
     training.ends_well()
     subprocess.run([sys.executable, "-m", "ray_jobs.cli", "deliver"], check=True, capture_output=True)
@@ -303,7 +312,7 @@ def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(6, "resources.checkpoint_steps=0")
-    training.until("stage 1 steps")
+    _until_saved(local_site, training)
     _ray_processes(local_site, "RayTrainWorker")[-1].send_signal(signal.SIGTERM)
     told = time.monotonic()
     saved = training.until(r"a worker was told to end \(SIGTERM\): saved stage")
@@ -374,7 +383,7 @@ def test_a_training_goes_on_with_fewer_workers_and_grows_again(
     _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
     longer = [f"resources.workers=1-{cpus + 1}", "resources.resize_seconds=5"]
     training = Training(9, *fixed, *longer)
-    training.until("stage 1 steps")
+    _until_saved(local_site, training)
     assert training.when(f"beginning with {cpus + 1} workers") is not None, training.text
     _kill_node(node)
     training.until(f"(going on from checkpoint .*|beginning) with {cpus} workers")
