@@ -157,8 +157,8 @@ class _Follower:
             case Started(resumed_from=resumed_from, history=history, num_workers=num_workers):
                 if resumed_from is not None:
                     self._console.say(f"  going on from checkpoint {resumed_from} with {num_workers} workers")
-                elif self._lost_at is not None:
-                    self._console.say(f"  beginning again with {num_workers} workers: there was no checkpoint yet")
+                else:
+                    self._console.say(f"  beginning with {num_workers} workers")
                 for row in history:
                     self._records.log_epoch(row)
             case Said(text=text):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -175,7 +176,8 @@ def _ray_processes(site: Site, word: str) -> list[psutil.Process]:
     return found
 
 
-_GROUPS = """
+_ASK = """
+import sys
 from infra.site import activate, load_site
 site = load_site()
 activate(site)
@@ -183,16 +185,35 @@ import ray
 from ray_jobs.cluster import connect
 connect(site)
 groups = ray.util.placement_group_table()
-print(sum(each["state"] != "REMOVED" for each in groups.values()))
+print(eval(sys.argv[1]))
 """
+_CPUS = 'ray.cluster_resources()["CPU"]'
+_GROUPS = 'sum(each["state"] != "REMOVED" for each in groups.values())'
+
+
+def _ask_cluster(expression: str) -> int:
+    command = [sys.executable, "-c", _ASK, f"int({expression})"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def _left_behind(site: Site) -> str:
     for word in ("RayTrainWorker", "TrainController"):
         if left := _ray_processes(site, word):
             return f"{word}: {left}"
-    groups = subprocess.run([sys.executable, "-c", _GROUPS], capture_output=True, text=True, check=True).stdout
-    return "" if int(groups) == 0 else f"{groups} placement groups"
+    groups = _ask_cluster(_GROUPS)
+    return f"{groups} placement groups" if groups else ""
+
+
+def _until_saved(site: Site, training: Training) -> None:
+    """The training runs, and would not begin anew."""
+    training.until("beginning with")
+    _until(
+        lambda: any(
+            path.endswith("complete.json")
+            for path in _runs(site).list(f"{training.name}/checkpoints/stage1-epoch00001")
+        ),
+        training=training,
+    )
 
 
 def _kill_service(site: Site, name: str) -> None:
@@ -204,9 +225,7 @@ def test_a_killed_worker_is_replaced_within_half_a_minute(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(1)
-    store = _runs(local_site)
-    training.until("stage 1 steps")
-    _until(lambda: "stage1-epoch00001/complete.json" in " ".join(store.list(f"{training.name}/")), training=training)
+    _until_saved(local_site, training)
     _ray_processes(local_site, "RayTrainWorker")[-1].kill()
     killed = time.monotonic()
     again = training.until("training again after")
@@ -222,8 +241,7 @@ def test_a_killed_driver_goes_on_when_it_is_submitted_again(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(2)
-    training.until("stage 1 steps")
-    _until(lambda: "epoch00002" in " ".join(_runs(local_site).list(f"{training.name}/")), training=training)
+    _until_saved(local_site, training)
     training.process.kill()
     training.process.wait()
     again = Training(2)
@@ -236,7 +254,7 @@ def test_a_store_that_is_killed_while_a_checkpoint_is_written_is_waited_for(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(3)
-    training.until("stage 1 steps")
+    _until_saved(local_site, training)
 
     def is_writing() -> bool:
         paths = _runs(local_site).list(f"{training.name}/checkpoints/")
@@ -259,7 +277,7 @@ def test_mlflow_away_for_all_of_stage_1_is_told_afterwards(
     training = Training(4)
     training.until("Training chaos")
     _kill_service(local_site, "mlflow")
-    training.until("stage 2 steps")
+    training.until("stage 1 steps: .*, loss")  # the line of its end
     local.up(services=["mlflow"])
     training.ends_well()
     subprocess.run([sys.executable, "-m", "ray_jobs.cli", "deliver"], check=True, capture_output=True)
@@ -294,7 +312,7 @@ def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
     local_site: Site, ends_as_undisturbed: Callable[[Training], None]
 ) -> None:
     training = Training(6, "resources.checkpoint_steps=0")
-    training.until("stage 1 steps")
+    _until_saved(local_site, training)
     _ray_processes(local_site, "RayTrainWorker")[-1].send_signal(signal.SIGTERM)
     told = time.monotonic()
     saved = training.until(r"a worker was told to end \(SIGTERM\): saved stage")
@@ -315,6 +333,14 @@ def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None) -> Non
 
 
 _JOIN = ["start", "--num-cpus=1", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+_JOIN += ["--min-worker-port=0", "--max-worker-port=0"]
+_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -324,6 +350,7 @@ def join(local_site: Site) -> Generator[Callable[[], "subprocess.Popen[bytes]"]]
 
     def start() -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "ray.scripts.scripts", *_JOIN, f"--address={local_site.ray_address}"]
+        command += [f"--{name}-port={_free_port()}" for name in _PORTS]
         environment = os.environ | local_site.ray_environment() | {"TAVLAD_HOME": str(local_site.state)}
         nodes.append(
             subprocess.Popen(
@@ -347,21 +374,22 @@ def _kill_node(node: "subprocess.Popen[bytes]") -> None:
 def test_a_training_goes_on_with_fewer_workers_and_grows_again(
     local_site: Site, chaos_set: None, join: Callable[[], "subprocess.Popen[bytes]"]
 ) -> None:
-    """Three workers, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
-    fixed = ["resources.reduce=deterministic", "resources.virtual_ranks=4"]
+    """Three workers, say, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
+    cpus = _ask_cluster(_CPUS)
+    fixed = ["resources.reduce=deterministic", f"resources.virtual_ranks={cpus + 2}", "stage1.epochs=30"]
     alone = Training(8, *fixed, "resources.workers=1")
     alone.ends_well()
     node = join()
-    time.sleep(8)
-    longer = ["resources.workers=1-3", "resources.resize_seconds=5"]
+    _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
+    longer = [f"resources.workers=1-{cpus + 1}", "resources.resize_seconds=5"]
     training = Training(9, *fixed, *longer)
-    training.until("stage 1 steps")
-    _until(lambda: len(_ray_processes(local_site, "RayTrainWorker")) >= 2, training=training)
+    _until_saved(local_site, training)
+    assert training.when(f"beginning with {cpus + 1} workers") is not None, training.text
     _kill_node(node)
-    training.until("going on from checkpoint .* with 2 workers|beginning again with 2 workers")
+    training.until(f"(going on from checkpoint .*|beginning) with {cpus} workers")
     join()
-    training.until("the cluster has room for 3 workers")
-    training.until("going on from checkpoint .* with 3 workers")
+    training.until(f"the cluster has room for {cpus + 1} workers")
+    training.until(f"going on from checkpoint .* with {cpus + 1} workers")
     training.ends_well()
     expected, found = _result(local_site, alone.name), _result(local_site, training.name)
     assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
