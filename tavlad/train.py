@@ -176,6 +176,7 @@ class _Epochs:
                 _add_gradients(self.model, share.batch, self.plan.training, weight, sums)
             if self.tree_sum is not None:
                 self.tree_sum.add(share.part, computed=bool(share.batch.keys))
+        seed_clips(self.model, ())
         if self.tree_sum is not None:
             self.tree_sum.finish()
         self.optimizer.step()
