@@ -10,7 +10,7 @@ import pytest
 
 from infra.site import Site
 from shards.store import Store, open_store
-from tests.ray_jobs.test_end_to_end import packed, real_videos, tavlad  # noqa: F401
+from tests.fixtures_verbs import tavlad
 from tests.ray_jobs.test_tune_chaos import actors_of, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
@@ -29,7 +29,7 @@ def _num_shards(store: Store) -> int:
     return len([path for path in store.list() if "/parts/" in path])
 
 
-def test_filling_killed_twice_ends_as_filled_in_a_single_go(local_site: Site, packed: dict[str, Any]) -> None:  # noqa: F811
+def test_filling_killed_twice_ends_as_filled_in_a_single_go(local_site: Site, packed_clips: dict[str, Any]) -> None:
     store = open_store(local_site.features_uri, local_site.s3)
     assert tavlad("--json", *_FEATURES).code == 0
     whole, num_shards = _content(store), _num_shards(store)

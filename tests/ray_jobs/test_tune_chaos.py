@@ -20,7 +20,6 @@ from mlflow import MlflowClient
 from infra import process
 from infra.site import Site
 from shards.store import Store, open_store
-from tests.ray_jobs.test_end_to_end import packed, real_videos  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
@@ -49,7 +48,7 @@ def _tavlad(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def sweep(packed: dict[str, Any], tmp_path: Path) -> list[str]:  # noqa: F811
+def sweep(packed_clips: dict[str, Any], tmp_path: Path) -> list[str]:
     """A grid of eight trials over three actions of Weizmann, as the command's arguments."""
     (tmp_path / "space.toml").write_text(_SPACE)
     space = ["--space", str(tmp_path / "space.toml"), "--search", "grid", "--scheduler", "none", "--finalists", "0"]
