@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -183,6 +182,7 @@ site = load_site()
 activate(site)
 import ray
 from ray_jobs.cluster import connect
+from tests.ports import free_port
 connect(site)
 groups = ray.util.placement_group_table()
 print(eval(sys.argv[1]))
@@ -337,12 +337,6 @@ _JOIN += ["--min-worker-port=0", "--max-worker-port=0"]
 _PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture
 def join(local_site: Site) -> Generator[Callable[[], "subprocess.Popen[bytes]"]]:
     """Adds a node of one CPU to the cluster: a raylet of its own."""
@@ -350,7 +344,7 @@ def join(local_site: Site) -> Generator[Callable[[], "subprocess.Popen[bytes]"]]
 
     def start() -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "ray.scripts.scripts", *_JOIN, f"--address={local_site.ray_address}"]
-        command += [f"--{name}-port={_free_port()}" for name in _PORTS]
+        command += [f"--{name}-port={free_port()}" for name in _PORTS]
         environment = os.environ | local_site.ray_environment() | {"TAVLAD_HOME": str(local_site.state)}
         nodes.append(
             subprocess.Popen(

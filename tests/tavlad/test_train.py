@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +19,7 @@ from tavlad.model import TaVlad
 from tavlad.optim import choose_trained, learning_rate
 from tavlad.parallel import World
 from tavlad.train import EpochReport, Listeners, StagePlan, fit
+from tests.ports import free_port
 from tests.tavlad.tiny import CARD, CONFIG, STAGE1, STAGE2, TRAINING, TinyBatches, build_model
 
 Weights = dict[str, Tensor]
@@ -242,12 +242,6 @@ def _rank(rank: int, _: int, ports: list[int], folder: str) -> None:
             dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def _spawn(target: Callable[..., None], world: int, *arguments: Any) -> None:
     context = get_context("spawn")
     processes = [context.Process(target=target, args=(rank, world, *arguments)) for rank in range(world)]
@@ -262,7 +256,7 @@ def _spawn(target: Callable[..., None], world: int, *arguments: Any) -> None:
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, int], dict[str, Any]]:
     """What a rank ended with, by (ranks, virtual ranks, rank)."""
     folder = tmp_path_factory.mktemp("worlds")
-    _spawn(_rank, max(_WORLDS), [_free_port() for _ in _WORLDS], str(folder))
+    _spawn(_rank, max(_WORLDS), [free_port() for _ in _WORLDS], str(folder))
     return lambda size, virtual, rank: torch.load(folder / f"{size}-{virtual}-{rank}.pt", weights_only=True)
 
 
