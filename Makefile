@@ -21,7 +21,7 @@ test-fast: $(INSTALLED)  ## the suite without the slow tests
 chaos: $(INSTALLED)  ## kill and damage things in mid-work, and see that nothing is lost
 	@$(BIN)/python -m pytest -m chaos
 
-long: $(INSTALLED)  ## rehearsals of minutes: a reproduction of the paper, of what is missing, and again
+long: $(INSTALLED)  ## whole trainings: by a plain Ray job, from features, a reproduction, the guide
 	@$(BIN)/python -m pytest -m "long and not chaos"
 
 fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind

@@ -60,6 +60,7 @@ print(json.dumps([by_path.to_dict("records"), by_frames.to_dict("records")]))
     ]
 
 
+@pytest.mark.long
 def test_plain_ray_job_trains_and_registers_as_the_command_does(local_site: Site, packed_clips: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", local_site.ray_dashboard]
@@ -233,6 +234,7 @@ def _objects(store: Store) -> dict[str, bytes]:
     return {path: store.read(path) for path in store.list()}
 
 
+@pytest.mark.long
 def test_training_learns_from_the_features_that_were_filled(local_site: Site, packed_clips: dict[str, Any]) -> None:
     filled = tavlad("--json", *_FEATURES).document
     assert filled["num_entries"] == 3 * 18 + 9
