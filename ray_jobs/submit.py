@@ -6,8 +6,10 @@ import json
 import logging
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def follow(site: Site, job: str, console: Console, show: Callable[[str], None]) 
     client = jobs_of(site)
     try:
         with _errors(site):
-            text = asyncio.run(_tail(client, job, show))
+            text = _in_background(lambda: asyncio.run(_tail(client, job, show)))
             info = client.get_job_info(job)
     except KeyboardInterrupt:
         console.say(f"\n{job} goes on; `tavlad --site {site.name} logs {job}` follows it, `stop {job}` ends it")
@@ -95,6 +97,20 @@ def follow(site: Site, job: str, console: Console, show: Callable[[str], None]) 
     elif info.driver_exit_code is None or info.driver_exit_code < 0 or "error: " not in text:
         console.say(f"{job} failed: {(info.message or 'no reason is known').strip()}")
     return Ended(code=code if 0 < code < 256 else _FAILED, document=_document(text))
+
+
+def _in_background(work: Callable[[], str]) -> str:
+    """The result of work that Ctrl-C does not wait for: a websocket that is told to end may go on reading."""
+    done: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001  handed on
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="follow-job", daemon=True).start()
+    return done.result()
 
 
 def jobs(site: Site) -> list[JobDetails]:
