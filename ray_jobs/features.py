@@ -82,7 +82,10 @@ def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None,
 
 
 def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
-    """The feature set of a data set, a trunk and the way it is run; empty until filled."""
+    """The feature set of a data set, a trunk and the way it is run; empty until filled. ValueError for a trunk that
+    joins frames: these are kept of frames alone."""
+    if model.trunk.joins_frames:
+        raise ValueError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
     training = recipe.training
     device = next(model.parameters()).device
     blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8, device=device)

@@ -94,7 +94,7 @@ def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan,
     _, index = open_set(site, recipe.dataset, recipe)
     for part in ("train", "test"):
         index.clips(split, part)  # refuses a part without clips
-    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
+    if recipe.stage1.epochs + recipe.stage2.epochs == 0 and recipe.model.temporal != "tdd":
         raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
     fingerprint = recipe.fingerprint(
         set=index.fingerprint, split=split, weights=digest_of_weights(site, recipe), format=_RESULT_FORMAT

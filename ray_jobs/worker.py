@@ -133,7 +133,8 @@ class _Trainer:
         self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
     ) -> FeatureSet | None:
         """The feature set that a stage learns from; None if it learns from frames. Decided once for a training."""
-        if stage.features == "never" or self._recipe.training.views != "corner-scale":
+        joins_frames = self._recipe.model.temporal == "conv3d"
+        if stage.features == "never" or joins_frames or self._recipe.training.views != "corner-scale":
             return None
         features = feature_set(self._site, self._recipe, index, model, str(self._card.provenance["trunk_weights"]))
         use = None

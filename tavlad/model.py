@@ -43,6 +43,11 @@ class TaVlad(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
+        if config.temporal == "tdd":
+            raise ValueError(
+                'model.temporal = "tdd" is no network, so no stage trains it: run it by tavlad reproduce NAME '
+                "--table 2 --rows tdd-vgg16"
+            )
         self.config = config
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
@@ -121,7 +126,8 @@ class TaVlad(nn.Module):
         if with_activation is None:
             with_activation = self.config.attention != "none"
         num_clips, num_frames = frames_BTCHW.shape[:2]
-        images = frames_BTCHW.flatten(0, 1)
+        joins_frames = self.trunk.joins_frames
+        images = frames_BTCHW.transpose(1, 2) if joins_frames else frames_BTCHW.flatten(0, 1)
         maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
         chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
         activation_BTHW = None
@@ -131,10 +137,12 @@ class TaVlad(nn.Module):
                 assert self._frozen_attention_trunk is not None
                 trunk = self.attention_trunk
                 seen = self._run(trunk, self._frozen_attention_trunk, images, num_frames)
+            classifier = trunk.classifier  # a ValueError where there are no such maps
             post_relu_BTDHW = seen.post_relu_BDHW.unflatten(0, (num_clips, num_frames))
-            activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
+            activation_BTN = class_activation(_places(post_relu_BTDHW), classifier)
             activation_BTHW = activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
-        return Features(chosen.unflatten(0, (num_clips, num_frames)), activation_BTHW)
+        by_time = chosen.transpose(1, 2) if joins_frames else chosen.unflatten(0, (num_clips, num_frames))
+        return Features(by_time, activation_BTHW)
 
     @property
     def described_map(self) -> Literal["pre_relu", "post_relu"]:
@@ -214,7 +222,7 @@ class TaVlad(nn.Module):
             return attention_weights(activation_BTN, self.config.attention_scale, self.config.attention_temperature)
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
-        """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
+        """The trunk's maps of 0-255 images (or clips); without gradients below the first part that learns."""
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
         if torch.compiler.is_compiling():  # an exported graph is the plain one
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
