@@ -3,11 +3,11 @@
 python benchmarks/attention.py rendered [--seeds 3] [--stage2]
 python benchmarks/attention.py FOLDER [--splits 1 2 3]      (FOLDER/videos, FOLDER/splits_hmdb_format)
 
-One process, no Ray: maps of the frozen EfficientNet-Lite0 are computed once (centre view), stage 1 is `tavlad.train.fit`
-on them. With --stage2 the last block, the trunk's classifier and VLAD then learn from frames; only there do attention
-that learns ("cam") and that of the untouched trunk ("frozen-cam") differ. Descriptors are reduced to 256 numbers, so
-that a row takes seconds. Prints a row a training as it ends, and the means over the seeds; how much the maps vary; and with
---pictures FILE what attention looks like.
+One process, no Ray: maps of the frozen EfficientNet-Lite0 are computed once (centre view), stage 1 is
+`tavlad.train.fit` on them. With --stage2 the last block, the trunk's classifier and VLAD then learn from frames; only
+there do attention that learns ("cam") and that of the untouched trunk ("frozen-cam") differ. Descriptors are reduced to
+256 numbers, so that a row takes seconds. Prints a row a training as it ends, the means over the seeds, and how much the
+maps vary; --pictures FILE shows what attention looks like.
 """
 
 import argparse
