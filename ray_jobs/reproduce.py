@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from infra.site import Site
 from ray_jobs.console import Console
-from ray_jobs.plan import plan_training
+from ray_jobs.plan import plan_run
 from ray_jobs.published import published_table
 from ray_jobs.recipe import Recipe, change_recipe, load_recipe
 from ray_jobs.register import RegisteredRun
@@ -124,7 +124,7 @@ def _outcome(site: Site, entry: Entry, options: ReproduceOptions, console: Conso
     """The outcome that is there, else that of the training."""
     assert entry.row.recipe is not None
     recipe = _scaled(load_recipe(entry.row.recipe, options.changes_of(entry.row.recipe), entry.dataset), options)
-    plan, _ = plan_training(site, recipe, entry.split)
+    plan, _ = plan_run(site, recipe, entry.split)
     store = open_store(plan.uri, site.s3)
     if store.exists(_OUTCOME):
         console.say(f"  done already: {plan.name}")

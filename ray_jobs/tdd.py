@@ -19,7 +19,7 @@ from torch import Tensor
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import TrainingPlan, node_cache, open_set, plan_training, read_uri
+from ray_jobs.plan import TrainingPlan, node_cache, open_set, plan_run, read_uri
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import log_results
 from ray_jobs.run_records import SECONDS_FOR_DELIVERY, RunRecords
@@ -54,7 +54,7 @@ class TddRun:
 
 def run_tdd(site: Site, recipe: Recipe, split: int, console: Console) -> TddRun:
     """Compute what is missing and classify the test clips. ValueError for a set or a recipe that does not fit."""
-    plan, index = plan_training(site, recipe, split)
+    plan, index = plan_run(site, recipe, split)
     connect(site)
     console.heading(f"TDD {plan.name}")
     store = _kept(site, plan)

@@ -109,6 +109,13 @@ class ModelConfig:
             '"r3d_18", and only it',
         )
 
+    def require_network(self) -> None:
+        """ValueError for "tdd", which no stage trains."""
+        _require(
+            self.temporal != "tdd",
+            'model.temporal = "tdd" is no network to train: run it by tavlad reproduce NAME --table 2 --rows tdd-vgg16',
+        )
+
     @property
     def has_vlad(self) -> bool:
         """Whether there is a VLAD layer, and so a codebook."""

@@ -43,11 +43,7 @@ class TaVlad(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
-        if config.temporal == "tdd":
-            raise ValueError(
-                'model.temporal = "tdd" is no network, so no stage trains it: run it by tavlad reproduce NAME '
-                "--table 2 --rows tdd-vgg16"
-            )
+        config.require_network()
         self.config = config
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
