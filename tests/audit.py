@@ -53,6 +53,10 @@ def read(report: dict[str, Any]) -> Audit:
     return Audit(len(packages) - len(skipped), vulnerable, skipped)
 
 
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
 def main(arguments: Sequence[str]) -> int:
     pip_audit, *locks = arguments
     codes: list[int] = []
@@ -60,15 +64,15 @@ def main(arguments: Sequence[str]) -> int:
         try:
             found = audit(pip_audit, lock)
         except ConnectionError as error:
-            print(f"{lock.name}: NOT AUDITED, the advisories cannot be reached from here ({error})")
+            _say(f"{lock.name}: NOT AUDITED, the advisories cannot be reached from here ({error})")
             codes.append(2)
             continue
         for line in found.vulnerable:
-            print(f"{lock.name}: VULNERABLE {line}")
+            _say(f"{lock.name}: VULNERABLE {line}")
         if found.not_looked_up:
             few = ", ".join(found.not_looked_up[:5]) + (" ..." if len(found.not_looked_up) > 5 else "")
-            print(f"{lock.name}: NOT AUDITED, the advisories of {len(found.not_looked_up)} cannot be reached: {few}")
-        print(f"{lock.name}: {found.looked_up} packages looked up, {len(found.vulnerable)} known vulnerabilities")
+            _say(f"{lock.name}: NOT AUDITED, the advisories of {len(found.not_looked_up)} cannot be reached: {few}")
+        _say(f"{lock.name}: {found.looked_up} packages looked up, {len(found.vulnerable)} known vulnerabilities")
         codes.append(found.code)
     return min((code for code in codes if code), default=0)
 

@@ -18,6 +18,7 @@ from ray_jobs.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PROGRAMS = ("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ", "openssl ", "sudo ")
 _OURS = re.compile(r"^(infra|ray_jobs|tests|benchmarks|docs)/[\w./-]+$")
 
 
@@ -25,7 +26,9 @@ def commands_of(document: Path) -> Iterator[list[str]]:
     """The words of each line of the document's blocks, comments left out."""
     for block in re.findall(r"^```\w*\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith(("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ", "openssl ", "sudo ")):
+            if line.startswith(
+                ("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ", "openssl ", "sudo ")
+            ):
                 yield shlex.split(line, comments=True)
 
 
