@@ -5,8 +5,8 @@ python benchmarks/sweep.py ../shared/data/weizmann [--epochs 10] [--seeds 0 1 2]
 Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. A seed has a site of its own, new: the grid's time is
 `tavlad tune`'s from its start to its end, codebooks and filling included. The sweep with ASHA comes after it and finds
 these; what they took the grid is added to its time. The 27 runs from frames are not run: their seconds are computed
-from an epoch of the smallest model (all 27 are taken to be as quick), measured here after one that warms up, through
-the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a machine that
+from an epoch of the smallest model (all 27 are taken to be as quick), measured here after some steps that warm up,
+through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a machine that
 others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what ASHA spends and chooses.
 """
 
@@ -37,17 +37,18 @@ from shards.read import ClipLoader
 from tavlad.train import Listeners, StagePlan, fit
 changes = json.loads(sys.argv[1])
 site = load_site()
-recipe = load_recipe("ta-vlad", [*changes, "stage1.epochs=2", "training.evaluate_every=1"], "weizmann")
+recipe = load_recipe("ta-vlad", [*changes, "stage1.epochs=1"], "weizmann")
 store, index = open_set(site, "weizmann", recipe)
 seen = held_out(index, 1, 0.25, recipe.training.seed)
 model, _ = build_untrained(site, recipe, len(index.actions))
 train, test = (
     ClipLoader(seen, store, 1, part, trial_loading(recipe, training=part == "train")) for part in ("train", "test")
 )
-moments = []
 plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
-fit(model, plan, train, test, Listeners(on_epoch=lambda report: moments.append(time.perf_counter())))
-print(json.dumps(moments[1] - moments[0]))
+fit(model, plan, test, None, Listeners(on_epoch=lambda report: None))  # warms up
+started = time.perf_counter()
+fit(model, plan, train, test, Listeners(on_epoch=lambda report: None))
+print(json.dumps(time.perf_counter() - started))
 """
 
 
@@ -121,25 +122,26 @@ def _compare(folder: Path, options: argparse.Namespace, space: Path, seed: int) 
         *options.set,
     ]
     home = folder / str(seed)
-    home.mkdir()
+    home.mkdir(exist_ok=True)
+    found: dict[str, Any] = {"seed": seed}
     try:
         _tavlad(home, "up")
         _pack(home, options.data, options.frames)
-        whole = _sweep(home, space, "none", changes)
-        stopping = _sweep(home, space, "asha", changes)
-        trials = _trials(home, whole["sweep"])
-        found: dict[str, Any] = {"seed": seed, "grid": whole, "asha": stopping}
         if not options.without_frames:
             smallest = [*changes, f"model.num_clusters={_KS[0]}", f"model.gru_width={_US[0]}"]
-            epoch = float(_run(home, "-c", _FROM_FRAMES, json.dumps(smallest)))
-            frames = 27 * options.epochs * epoch
-            found |= {"frames_epoch_seconds": epoch, "frames_seconds": frames}
-            found["grid_share"] = whole["seconds"] / frames
-            found["asha_seconds"] = whole["prepared"] + stopping["seconds"] - stopping["prepared"]
-            found["asha_share"] = found["asha_seconds"] / frames
+            found["frames_epoch_seconds"] = float(_run(home, "-c", _FROM_FRAMES, json.dumps(smallest)))
+            print(f"an epoch from frames: {found['frames_epoch_seconds']:.1f} s", file=sys.stderr)
+        whole = found["grid"] = _sweep(home, space, "none", changes)
+        stopping = found["asha"] = _sweep(home, space, "asha", changes)
+        trials = _trials(home, whole["sweep"])
     finally:
         _run(home, "-m", "ray_jobs.cli", "down")
         shutil.rmtree(home, ignore_errors=True)
+    if not options.without_frames:
+        found["frames_seconds"] = 27 * options.epochs * found["frames_epoch_seconds"]
+        found["grid_share"] = whole["seconds"] / found["frames_seconds"]
+        found["asha_seconds"] = whole["prepared"] + stopping["seconds"] - stopping["prepared"]
+        found["asha_share"] = found["asha_seconds"] / found["frames_seconds"]
     found["asha_epochs_share"] = stopping["epochs"] / whole["epochs"]
     # What ASHA chose, as the full grid knows it.
     found["grid_best"] = max(trial["rows"][-1]["held_out/top1"] for trial in trials)
@@ -162,11 +164,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the recipe")
     parser.add_argument("--without-frames", action="store_true", help="only what ASHA spends and chooses")
+    parser.add_argument(
+        "--home", type=Path, help="folder in which a site of each seed may be up already, the set packed"
+    )
     parser.add_argument("--out", type=Path, help="file for all that was found, a JSON line a seed")
     options = parser.parse_args()
     options.data = options.data.absolute()
     lines = [f"stage1.lr = {_LRS}", f"model.num_clusters = {_KS}", f"model.gru_width = {_US}"]
-    with tempfile.TemporaryDirectory(prefix="sweep-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="sweep-", dir="/tmp") as made:
+        folder = options.home or made
         space = Path(folder) / "space.toml"
         space.write_text("\n".join(lines) + "\n")
         for seed in options.seeds:
