@@ -6,8 +6,9 @@ Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. A seed has a s
 `tavlad tune`'s from its start to its end, codebooks and filling included. The sweep with ASHA comes after it and finds
 these; what they took the grid is added to its time. The 27 runs from frames are not run: their seconds are computed
 from an epoch of the smallest model (all 27 are taken to be as quick), measured here after some steps that warm up,
-through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a machine that
-others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what ASHA spends and chooses.
+through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a
+machine that others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what ASHA spends
+and chooses.
 """
 
 import argparse
@@ -164,9 +165,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the recipe")
     parser.add_argument("--without-frames", action="store_true", help="only what ASHA spends and chooses")
-    parser.add_argument(
-        "--home", type=Path, help="folder in which a site of each seed may be up already, the set packed"
-    )
+    parser.add_argument("--home", type=Path, help="folder of the seeds' sites, which may be up already")
     parser.add_argument("--out", type=Path, help="file for all that was found, a JSON line a seed")
     options = parser.parse_args()
     options.data = options.data.absolute()
