@@ -314,6 +314,7 @@ def tune(
     ] = 1,
     held_out: Annotated[float, typer.Option(help="Share of the training clips to choose by, in whole groups.")] = 0.25,
     at_once: Annotated[int | None, typer.Option(help="Trials at the same time, at most.")] = None,
+    workers_per_trial: Annotated[int, typer.Option(help="Workers (DDP ranks) that share a trial.")] = 1,
     dataset: DatasetOption = None,
     change: SetOption = None,
 ) -> None:
@@ -335,7 +336,13 @@ def tune(
 
     loaded = load_recipe(recipe, change, dataset)
     options = SweepOptions(
-        search=search, scheduler=scheduler, trials=trials, share=held_out, finalists=finalists, at_once=at_once
+        search=search,
+        scheduler=scheduler,
+        trials=trials,
+        share=held_out,
+        finalists=finalists,
+        at_once=at_once,
+        workers_per_trial=workers_per_trial,
     )
     dimensions = load_space(space, loaded)
     site, console = _site(), _console()

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, result_of, room_for
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.feature_batches import entries_of
@@ -210,11 +210,7 @@ def _fill(
 
 def _num_actors(recipe: Recipe) -> int:
     """As many as the cluster has room for."""
-    have, want = ray.cluster_resources(), recipe.resources
-    room = have.get("CPU", 1) / max(want.cpus_per_worker, 0.01)
-    if want.gpus_per_worker:
-        room = min(room, have.get("GPU", 0) / want.gpus_per_worker)
-    return max(1, int(room))
+    return room_for(recipe.resources.cpus_per_worker, recipe.resources.gpus_per_worker)
 
 
 @ray.remote(max_restarts=3, max_task_retries=3)

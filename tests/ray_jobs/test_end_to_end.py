@@ -155,6 +155,17 @@ def test_mistake_ends_as_one_sentence_and_exit_code_2(
     assert re.search(message, line), line
 
 
+def test_sweep_with_more_words_than_descriptors_is_refused_before_any_trial(
+    local_site: Site, packed_clips: dict[str, Any]
+) -> None:
+    sweeps = open_store(local_site.sweeps_uri, local_site.s3)
+    before = sweeps.list()
+    few = ["--set", "codebook.frames=1", "--set", "training.crop=64"]
+    said = tavlad("tune", "demo", "--dataset", "real", "--trials", "2", *few)
+    assert (said.code, "descriptors that" in said.err) == (2, True), said.err
+    assert sweeps.list() == before
+
+
 def test_wrong_s3_key_is_refused_without_telling_the_secret(
     local_site: Site, real_videos: Path, tmp_path: Path
 ) -> None:
