@@ -4,6 +4,7 @@ python benchmarks/epoch.py [VIDEOS] [--clips 16] [--batch 4] [--crop 224] [--rep
 
 VIDEOS is a folder with a folder of videos an action; without it 64 videos are rendered. They are packed and put on a
 real S3 server of this machine, which takes its share of the same cores. "Cold" has no clip on the node's disk yet.
+"Stored maps" are those below the last block (stage2.features): what an epoch is when it need not run what is frozen.
 """
 
 import argparse
@@ -22,8 +23,11 @@ import torch
 from benchmarks.harness import Figures, interleaved, machine_facts, timed, write_results
 from benchmarks.stage2 import untrained
 from infra import local
+from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.features import Extractor
 from shards.datasets import scan
 from shards.disk_cache import DiskCache
+from shards.features import EARLY_MAP, FeatureSet
 from shards.index import Index
 from shards.pack import finish, pack_shard
 from shards.plan import PackOptions, plan_packing
@@ -63,28 +67,43 @@ def _epoch(model: TaVlad, batches: Batches, options: argparse.Namespace) -> None
     fit(model, plan, batches, None, Listeners(on_epoch=lambda _: None))
 
 
-def _measure(index: Index, remote: Store, folder: Path, options: argparse.Namespace) -> dict[str, Figures]:
+def _stored(model: TaVlad, index: Index, remote: Store, loader: ClipLoader, cache: DiskCache) -> FeatureBatches:
+    """The loader's clips as the maps below the last block."""
+    extract = Extractor(model, torch.device("cpu"), "bf16", "early")
+    frames = torch.zeros(1, 1, 3, loader.options.crop, loader.options.crop, dtype=torch.uint8)
+    size, height, width = extract(frames).maps_BTDHW.shape[2:]
+    shape = {"num_frames": index.num_frames, "size": size, "height": height, "width": width}
+    shape |= {"activation_height": 0, "activation_width": 0}
+    return FeatureBatches(
+        loader, FeatureSet(remote, {"map": EARLY_MAP, "dtype": "float16", **shape}), 1, extract, cache
+    )
+
+
+def _measure(index: Index, remote: Store, maps: Store, folder: Path, options: argparse.Namespace) -> dict[str, Figures]:
     model, cache_folder = untrained(options.trunk), folder / "cache"
     cache = DiskCache(folder=cache_folder, max_bytes=10**10, set_name="bench")
     how = LoaderOptions(
         batch_size=options.batch, seed=0, crop=options.crop, augment=True, shuffle=True, num_threads=options.loaders
     )
     loader = ClipLoader(index, remote, 1, "all", how, cache=cache)
-    held = _Held(loader)
+    held, stored = _Held(loader), _stored(model, index, maps, loader, cache)
 
-    def cold() -> Figures:
+    def cold(make: Callable[[DiskCache], Batches]) -> Figures:
         shutil.rmtree(cache_folder)
-        fresh = ClipLoader(
-            index, remote, 1, "all", how, cache=DiskCache(folder=cache_folder, max_bytes=10**10, set_name="bench")
-        )
+        fresh = make(DiskCache(folder=cache_folder, max_bytes=10**10, set_name="bench"))
         return timed(lambda: _epoch(model, fresh, options))
 
     variants: dict[str, Callable[[], Figures]] = {
         "batches in memory": lambda: timed(lambda: _epoch(model, held, options)),
-        "shards on S3, node's cache cold": cold,
+        "shards on S3, node's cache cold": lambda: cold(
+            lambda empty: ClipLoader(index, remote, 1, "all", how, cache=empty)
+        ),
         "shards on S3, node's cache warm": lambda: timed(lambda: _epoch(model, loader, options)),
+        "stored maps on S3, node's cache cold": lambda: cold(lambda empty: _stored(model, index, maps, loader, empty)),
+        "stored maps on S3, node's cache warm": lambda: timed(lambda: _epoch(model, stored, options)),
     }
     _epoch(model, held, options)  # warms up
+    _epoch(model, stored, options)  # fills
     rows = interleaved(variants, options.repeats)
     limit = rows["batches in memory"]
     for row in rows.values():
@@ -117,10 +136,12 @@ def main() -> None:
         store = open_store(str(folder / "set"))
         index = _pack(videos, options.clips, store)
         try:
-            remote = open_store("s3://tavlad/bench", local.up(services=["s3"]).s3)
+            site = local.up(services=["s3"])
+            remote = open_store("s3://tavlad/bench", site.s3)
             for path in store.list():
                 remote.write(path, store.read(path))
-            rows = _measure(index, remote, folder, options)
+            maps = open_store("s3://tavlad/bench-maps", site.s3)
+            rows = _measure(index, remote, maps, folder, options)
         finally:
             local.down()
     facts = {key: getattr(options, key) for key in ("clips", "batch", "crop", "trunk", "loaders", "threads", "repeats")}

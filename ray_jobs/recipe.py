@@ -97,11 +97,12 @@ class Recipe:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
 
     def __post_init__(self) -> None:
-        if self.stage1.features == "always" and self.training.views != "corner-scale":
-            raise ValueError(
-                f'stage1.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): of '
-                "TSN's 260 views a clip nothing is stored"
-            )
+        for name, stage in {"stage1": self.stage1, "stage2": self.stage2}.items():
+            if stage.features == "always" and self.training.views != "corner-scale":
+                raise ValueError(
+                    f'{name}.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): '
+                    "of TSN's 260 views a clip nothing is stored"
+                )
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, such as "stage1.lr"."""

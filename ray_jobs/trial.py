@@ -117,8 +117,8 @@ class _Trial:
         )
         if not self._job.use_features:
             return train, held
-        features = feature_set(self._site, recipe, index, model, provenance)
-        extract = Extractor(model, self._device, recipe.training.precision)
+        features = feature_set(self._site, recipe, index, model, provenance, recipe.stage1.feature_kind)
+        extract = Extractor(model, self._device, recipe.training.precision, features.kind)
         learned = FeatureBatches(train, features, split, extract, cache)
         # The mirror image of a clip is not among what is stored for testing.
         if recipe.model.mirror_at_test:

@@ -6,6 +6,8 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from tavlad.clip import FeatureKind
+
 Config = TypeVar("Config")
 
 TRUNKS = (
@@ -198,8 +200,8 @@ class StageConfig:
     vlad: bool = False
     """Whether the assignment and the centres learn."""
     features: Literal["auto", "always", "never"] = "never"
-    """Whether a stage with a frozen trunk learns from stored features instead of frames; auto: where that is quicker
-    and within the budget."""
+    """Whether the stage learns from stored features instead of frames: the trunk's last maps while all of it is frozen,
+    else the maps below its last block. auto: where that is quicker and within the budget."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
@@ -207,15 +209,11 @@ class StageConfig:
         _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
         _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
-        _require(
-            self.features == "never" or not self.trunk_learns,
-            f'features = "{self.features}": a trunk that learns has no features to keep; choose "never"',
-        )
 
     @property
-    def trunk_learns(self) -> bool:
-        """Whether any weight of the trunk, its classifier included, changes in this stage."""
-        return self.trunk != "frozen" or self.fc
+    def feature_kind(self) -> FeatureKind:
+        """What never changes in this stage and so can be stored. The trunk's classifier makes the attention."""
+        return "early" if self.trunk != "frozen" or self.fc else "last"
 
     def passes(self, steps_a_pass: int) -> int:
         """Passes over the training part that one epoch makes, when one pass has so many steps."""
