@@ -259,7 +259,7 @@ class _Filler:
         model, _ = build_untrained(site, recipe, len(self._index.actions))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._extract = Extractor(model, device, recipe.training.precision, features.kind)
-        self._loader = feature_loader(recipe, self._index, store, recipe.resources.loader_threads)
+        self._loader = feature_loader(recipe, self._index, store, recipe.resources.unmeasured_threads)
 
     def seconds_per_clip(self) -> float:
         clips = range(min(_PROBED_CLIPS, len(self._index.clips_table)))

@@ -158,6 +158,6 @@ def trial_loading(recipe: Recipe, *, training: bool) -> LoaderOptions:
         views=recipe.training.views,
         num_views=recipe.training.num_views,
         shuffle=training,
-        num_threads=recipe.resources.loader_threads,
+        num_threads=recipe.resources.unmeasured_threads,
         prefetch_batches=recipe.resources.prefetch_batches,
     )

@@ -19,6 +19,7 @@ from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
+from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
@@ -95,8 +96,9 @@ class _Trainer:
         """Both stages, or what is left of them."""
         store, index = outlast(lambda: open_set(self._site, self._plan.dataset_uri, self._recipe))
         model, resume = outlast(lambda: self._model(index))
-        train = self._loader(index, store, training=True)
-        test = self._loader(index, store, training=False)
+        loading = self._loading(model, index, store)
+        train = self._loader(index, store, loading, training=True)
+        test = self._loader(index, store, loading, training=False)
         stages = [each for each in self._plan.stages if resume is None or each[0] >= resume.stage]
         # All decided before anything long begins: what does not fit is refused now.
         batches = {number: self._batches(model, index, number, train, test) for number, _ in stages}
@@ -168,7 +170,21 @@ class _Trainer:
             self._monitor.tell(started)
         return model.to(self._world.device), resume
 
-    def _loader(self, index: Index, store: Store, *, training: bool) -> ClipLoader:
+    def _loading(self, model: TaVlad, index: Index, store: Store) -> Loading:
+        """How this rank reads clips; changes nothing but the time, and on a GPU the pixels' rounding."""
+        resources, world, settings = self._recipe.resources, self._world, self._recipe.training
+        as_told = Loading(threads=resources.unmeasured_threads, on_gpu=False, reason="")
+        probe = self._loader(index, store, as_told, training=False)
+        rates = measure_loading(
+            model, probe, world.device, settings.precision, max(1, settings.batch_size // world.size)
+        )
+        cores = cores_of_a_rank(ray.train.get_context().get_local_world_size())
+        loading = choose_loading(resources, rates, cores, has_gpu=world.device.type == "cuda")
+        if world.rank == 0:
+            self._monitor.tell(Said(text=loading.reason))
+        return loading
+
+    def _loader(self, index: Index, store: Store, loading: Loading, *, training: bool) -> ClipLoader:
         settings, resources, world = self._recipe.training, self._recipe.resources, self._world
         options = LoaderOptions(
             batch_size=settings.batch_size,
@@ -178,9 +194,10 @@ class _Trainer:
             views=settings.views,
             num_views=settings.num_views,
             shuffle=training,
-            num_threads=resources.loader_threads,
+            num_threads=loading.threads,
             prefetch_batches=resources.prefetch_batches,
             pin_memory=self._world.device.type == "cuda",
+            gpu=self._world.device if loading.on_gpu else None,
         )
         part = "train" if training else "test"
         cache = node_cache(self._site, resources.disk_cache, index)

@@ -161,6 +161,9 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
     compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    cuda_graphs: bool = False
+    """With `compile`, on a GPU: what is compiled is recorded and launched as CUDA graphs, one for each size of a batch.
+    For GPUs that wait for the launches of small batches; takes more memory."""
     recompute: bool = False
     """Compute the last block's activations again in backward instead of keeping them: less memory, more time."""
     evaluate_every: int = 1
@@ -170,6 +173,9 @@ class TrainingConfig:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
         _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
+        _require(
+            self.compile or not self.cuda_graphs, "training.cuda_graphs = true: needs training.compile = true as well"
+        )
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
         _require(0 < self.subset <= 1, f"training.subset = {self.subset}: must be above 0 and at most 1")
         _require(

@@ -43,6 +43,8 @@ class FrozenTrunk:
         self._trunk = trunk
         self.compile = False
         """Whether what the copies compute is compiled."""
+        self.graphs = False
+        """Whether it is then launched as CUDA graphs."""
         self._folded: dict[torch.dtype, _Folded] = {}
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class FrozenTrunk:
             folded = self._current(dtype, half)
         run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
         if self.compile:
-            run = folded.compiled.setdefault(half, compiled(run))
+            run = folded.compiled.setdefault(half, compiled(run, graphs=self.graphs))
         parts = _passes(inputs_BCHW, frames_per_pass)
         with torch.autocast(device, enabled=False):
             if half == "late":

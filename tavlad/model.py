@@ -51,7 +51,7 @@ class TaVlad(nn.Module):
         self._frozen_attention_trunk = FrozenTrunk(self.attention_trunk) if self.attention_trunk is not None else None
         self._compiled_late: Callable[[Tensor], TrunkMaps] | None = None
         self._compiled_head: Callable[[FrameMaps], Tensor] | None = None
-        self._recompute = False
+        self._recompute = self._graphs = False
         self.pca = self.vlad = self.gru = self.lstm = None
         width = size
         if config.temporal == "lstm-attention":
@@ -78,19 +78,19 @@ class TaVlad(nn.Module):
             self.pca.mean.copy_(words.pca.mean_D)
             self.pca.components.copy_(words.pca.components_PD)
 
-    def speed(self, *, compile: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
-        """How to compute, not what: `training.compile` and `training.recompute`. ValueError where nothing can be
+    def speed(self, *, compile: bool, cuda_graphs: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
+        """How to compute, not what: the settings of `training` with these names. ValueError where nothing can be
         compiled."""
         device = self.classifier.weight.device
         if compile:
             require_compiler(device)
         on_gpu = compile and device.type == "cuda"  # on a CPU the written-out gradients are quicker
-        self._compiled_late = compiled(self.trunk.late) if on_gpu else None
-        self._compiled_head = compiled(self.classify) if on_gpu else None
-        self._recompute = recompute
+        self._compiled_late = compiled(self.trunk.late, graphs=cuda_graphs) if on_gpu else None
+        self._compiled_head = compiled(self.classify, graphs=cuda_graphs) if on_gpu else None
+        self._recompute, self._graphs = recompute, cuda_graphs
         for frozen in (self._frozen_trunk, self._frozen_attention_trunk):
             if frozen is not None:
-                frozen.compile = compile
+                frozen.compile, frozen.graphs = compile, cuda_graphs
 
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
@@ -102,6 +102,8 @@ class TaVlad(nn.Module):
 
     def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features) -> Float[Tensor, "B A"]:
         """Logits of each action, from frames or from features of what does not learn."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave at the last step may be overwritten
         if isinstance(inputs, Features):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":

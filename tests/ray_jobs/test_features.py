@@ -26,7 +26,7 @@ SITE = Site(
 RECIPE = Recipe(
     dataset="numbers",
     model=ModelConfig(trunk="resnet18", weights="none", num_clusters=3, gru_width=5),
-    training=TrainingConfig(crop=64),
+    training=TrainingConfig(crop=64, precision="bf16"),
     features=FeatureConfig(),
 )
 
