@@ -251,14 +251,23 @@ def features(
     views: Annotated[
         int | None, typer.Option(min=1, max=40, help="Views of a training clip (instead of training.num_views).")
     ] = None,
+    stage: Annotated[
+        int,
+        typer.Option(min=1, max=2, help="For stage 1, the trunk's last maps; for stage 2, those below its last block."),
+    ] = 1,
     dataset: DatasetOption = None,
     change: SetOption = None,
 ) -> None:
     """Compute a frozen trunk's features of every view once, for all trainings and sweeps that follow.
 
     A training that finds them does not run the trunk in its first stage; one that does not writes what it computes.
+    Those of stage 2 are used where the recipe says so (stage2.features).
 
-    Example: `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 8`
+    Examples:
+
+    `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 8`
+
+    `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 4 --stage 2`
     """
     from ray_jobs.recipe import load_recipe
 
@@ -266,7 +275,8 @@ def features(
     site, console = _site(), _console()
     from ray_jobs.features import fill_features
 
-    filled = fill_features(site, loaded, split, views, console)
+    learned = loaded.stage1 if stage == 1 else loaded.stage2
+    filled = fill_features(site, loaded, split, views, console, learned)
     console.say(f"  {filled.num_entries} clip views, {filled.num_bytes / 1e9:.2f} GB, at {filled.uri}")
     console.result(dataclasses.asdict(filled))
 

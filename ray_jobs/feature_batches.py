@@ -18,7 +18,7 @@ Compute = Callable[[UInt8[Tensor, "B T 3 H W"]], Features]
 
 
 class FeatureBatches:
-    """The batches of a `ClipLoader`, after the trunk.
+    """The batches of a `ClipLoader`, after the trunk, or after the part of it that is frozen.
 
     What is computed on the way is rounded as it is stored, so a batch does not depend on what was there already.
     """
@@ -26,7 +26,7 @@ class FeatureBatches:
     def __init__(
         self, loader: ClipLoader, features: FeatureSet, split: int, compute: Compute, cache: DiskCache | None = None
     ) -> None:
-        """`compute` runs the trunk; `cache` is where this node keeps what it has read."""
+        """`compute` runs what is frozen; `cache` is where this node keeps what it has read."""
         self._loader = loader
         self._features = features
         self._split = split
@@ -101,12 +101,13 @@ class FeatureBatches:
 
     def _stacked(self, entries: list[Entry]) -> Features:
         if not entries:
-            frames, size, height, width = self._features.shape
-            return Features(torch.empty(0, frames, size, height, width), torch.empty(0, frames, height, width))
+            features = self._features
+            return Features(torch.empty(0, *features.shape), torch.empty(0, *features.activation_shape), features.kind)
         activations = [entry.activation_THW for entry in entries if entry.activation_THW is not None]
         return Features(
             torch.from_numpy(np.stack([entry.map_TDHW for entry in entries])),
             torch.from_numpy(np.stack(activations)) if activations else None,
+            self._features.kind,
         )
 
 
@@ -117,7 +118,7 @@ def entries_of(features: Features, dtype: np.dtype) -> Iterator[Entry]:
     if np.abs(maps).max(initial=0.0) > np.finfo(dtype).max:
         raise ValueError(
             f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from frames '
-            '(stage1.features = "never")'
+            '(the stage\'s features = "never")'
         )
     for row, map_TDHW in enumerate(maps.astype(dtype)):
         yield Entry(map_TDHW, None if activations is None else activations[row])

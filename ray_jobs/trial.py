@@ -129,8 +129,8 @@ class _Trial:
         )
         if not self._job.use_features:
             return train, held
-        features = feature_set(self._site, recipe, index, model, provenance)
-        extract = Extractor(model, world.device, recipe.training.precision)
+        features = feature_set(self._site, recipe, index, model, provenance, recipe.stage1.feature_kind)
+        extract = Extractor(model, world.device, recipe.training.precision, features.kind)
         learned = FeatureBatches(train, features, split, extract, cache)
         # The mirror image of a clip is not among what is stored for testing.
         if recipe.model.mirror_at_test:
@@ -172,6 +172,6 @@ def trial_loading(recipe: Recipe, *, training: bool) -> LoaderOptions:
         views=recipe.training.views,
         num_views=recipe.training.num_views,
         shuffle=training,
-        num_threads=recipe.resources.loader_threads,
+        num_threads=recipe.resources.unmeasured_threads,
         prefetch_batches=recipe.resources.prefetch_batches,
     )

@@ -37,4 +37,5 @@ def batches_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch
 def _tensors(batch: Batch) -> list[Tensor]:
     if isinstance(batch, ClipBatch):
         return [batch.frames_BTCHW, batch.labels_B]
-    return [batch.labels_B, *(each for each in batch.features if each is not None)]
+    maps, activation, _ = batch.features
+    return [batch.labels_B, maps, *([] if activation is None else [activation])]

@@ -1,7 +1,7 @@
 """What crosses the border between the data and the model: a clip's frame choice and a batch of clips."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -66,24 +66,31 @@ class ClipBatch:
         )
 
 
+FeatureKind = Literal["last", "early"]
+"""Of the whole trunk, for a stage in which all of it is frozen; or of what lies below its last block, for one that
+trains that block."""
+
+
 class Features(NamedTuple):
-    """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
+    """What the frozen part of a trunk makes of a batch of clips: all that the rest of the model needs of them."""
 
     maps_BTDHW: Float[Tensor, "B T D h w"]
-    """The last feature map, on the side of its last non-linearity that the model's descriptors come from."""
-    activation_BTHW: Float[Tensor, "B T h w"] | None
-    """The winning ImageNet class's activation, before the sigmoid that makes it attention (Eq. 4); None for a model
-    without attention."""
+    """The last feature map, on the side of its last non-linearity that the model's descriptors come from; of kind
+    "early" the map below the last block."""
+    activation_BTHW: Float[Tensor, "B T h' w'"] | None
+    """The winning ImageNet class's activation at the last map's places, before the sigmoid that makes it attention (Eq.
+    4); None for a model without attention, and where the trunk that makes it still learns."""
+    kind: FeatureKind = "last"
 
     def to(self, device: torch.device) -> "Features":
         """The same on a device; from page-locked memory without waiting for the copy."""
         activation = None if self.activation_BTHW is None else self.activation_BTHW.to(device, non_blocking=True)
-        return Features(self.maps_BTDHW.to(device, non_blocking=True), activation)
+        return Features(self.maps_BTDHW.to(device, non_blocking=True), activation, self.kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureBatch:
-    """A `ClipBatch` whose frames have been through the frozen trunk."""
+    """A `ClipBatch` whose frames have been through the frozen part of the trunk."""
 
     features: Features
     labels_B: Int64[Tensor, " B"]
@@ -95,10 +102,10 @@ class FeatureBatch:
 
     def inputs(self, device: torch.device) -> Features:
         """What the model is called with: the features, or those of one blank clip where there is none."""
-        maps, activation = self.features
+        maps, activation, kind = self.features
         if not self.keys:
             maps, activation = _blank(maps), None if activation is None else _blank(activation)
-        return Features(maps, activation).to(device)
+        return Features(maps, activation, kind).to(device)
 
     def to(self, device: torch.device) -> "FeatureBatch":
         """The same on a device; from page-locked memory without waiting for the copy."""
@@ -106,9 +113,9 @@ class FeatureBatch:
 
     def part(self, start: int, stop: int) -> "FeatureBatch":
         """Some of its clips, which may be none."""
-        maps, activation = self.features
+        maps, activation, kind = self.features
         return FeatureBatch(
-            features=Features(maps[start:stop], None if activation is None else activation[start:stop]),
+            features=Features(maps[start:stop], None if activation is None else activation[start:stop], kind),
             labels_B=self.labels_B[start:stop],
             keys=self.keys[start:stop],
             num_clips_in_global_batch=self.num_clips_in_global_batch,

@@ -6,6 +6,8 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from tavlad.clip import FeatureKind
+
 Config = TypeVar("Config")
 
 TRUNKS = (
@@ -159,6 +161,9 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
     compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    cuda_graphs: bool = False
+    """With `compile`, on a GPU: what is compiled is recorded and launched as CUDA graphs, one for each size of a batch.
+    For GPUs that wait for the launches of small batches; takes more memory."""
     recompute: bool = False
     """Compute the last block's activations again in backward instead of keeping them: less memory, more time."""
     evaluate_every: int = 1
@@ -168,6 +173,9 @@ class TrainingConfig:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
         _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
+        _require(
+            self.compile or not self.cuda_graphs, "training.cuda_graphs = true: needs training.compile = true as well"
+        )
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
         _require(0 < self.subset <= 1, f"training.subset = {self.subset}: must be above 0 and at most 1")
         _require(
@@ -199,8 +207,8 @@ class StageConfig:
     vlad: bool = False
     """Whether the assignment and the centres learn."""
     features: Literal["auto", "always", "never"] = "never"
-    """Whether a stage with a frozen trunk learns from stored features instead of frames; auto: where that is quicker
-    and within the budget."""
+    """Whether the stage learns from stored features instead of frames: the trunk's last maps while all of it is frozen,
+    else the maps below its last block. auto: where that is quicker and within the budget."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
@@ -208,15 +216,11 @@ class StageConfig:
         _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
         _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
-        _require(
-            self.features == "never" or not self.trunk_learns,
-            f'features = "{self.features}": a trunk that learns has no features to keep; choose "never"',
-        )
 
     @property
-    def trunk_learns(self) -> bool:
-        """Whether any weight of the trunk, its classifier included, changes in this stage."""
-        return self.trunk != "frozen" or self.fc
+    def feature_kind(self) -> FeatureKind:
+        """What never changes in this stage and so can be stored. The trunk's classifier makes the attention."""
+        return "early" if self.trunk != "frozen" or self.fc else "last"
 
     def passes(self, steps_a_pass: int) -> int:
         """Passes over the training part that one epoch makes, when one pass has so many steps."""

@@ -18,7 +18,7 @@ from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
 from tavlad.draws import ClipDropout, RandomFrame
 from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities
-from tavlad.frozen import FrozenTrunk, normalise
+from tavlad.frozen import FrozenTrunk, normalise, precision_of
 from tavlad.temporal import gru_over_time, sum_over_time
 from tavlad.vlad import DescriptorPca, VisualWords, Vlad
 
@@ -51,7 +51,7 @@ class TaVlad(nn.Module):
         self._frozen_attention_trunk = FrozenTrunk(self.attention_trunk) if self.attention_trunk is not None else None
         self._compiled_late: Callable[[Tensor], TrunkMaps] | None = None
         self._compiled_head: Callable[[FrameMaps], Tensor] | None = None
-        self._recompute = False
+        self._recompute = self._graphs = False
         self.pca = self.vlad = self.gru = self.lstm = None
         width = size
         if config.temporal == "lstm-attention":
@@ -78,19 +78,19 @@ class TaVlad(nn.Module):
             self.pca.mean.copy_(words.pca.mean_D)
             self.pca.components.copy_(words.pca.components_PD)
 
-    def speed(self, *, compile: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
-        """How to compute, not what: `training.compile` and `training.recompute`. ValueError where nothing can be
+    def speed(self, *, compile: bool, cuda_graphs: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
+        """How to compute, not what: the settings of `training` with these names. ValueError where nothing can be
         compiled."""
         device = self.classifier.weight.device
         if compile:
             require_compiler(device)
         on_gpu = compile and device.type == "cuda"  # on a CPU the written-out gradients are quicker
-        self._compiled_late = compiled(self.trunk.late) if on_gpu else None
-        self._compiled_head = compiled(self.classify) if on_gpu else None
-        self._recompute = recompute
+        self._compiled_late = compiled(self.trunk.late, graphs=cuda_graphs) if on_gpu else None
+        self._compiled_head = compiled(self.classify, graphs=cuda_graphs) if on_gpu else None
+        self._recompute, self._graphs = recompute, cuda_graphs
         for frozen in (self._frozen_trunk, self._frozen_attention_trunk):
             if frozen is not None:
-                frozen.compile = compile
+                frozen.compile, frozen.graphs = compile, cuda_graphs
 
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
@@ -101,12 +101,14 @@ class TaVlad(nn.Module):
         return self
 
     def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features) -> Float[Tensor, "B A"]:
-        """Logits of each action, from frames or from the features of a trunk that did not learn."""
+        """Logits of each action, from frames or from features of what does not learn."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave at the last step may be overwritten
         if isinstance(inputs, Features):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":
-                inputs = Features(self.random_frame(inputs.maps_BTDHW), None)
-            return self._head(self.describe(inputs))
+                inputs = Features(self.random_frame(inputs.maps_BTDHW), None, inputs.kind)
+            return self._head(self.describe(self._completed(inputs)))
         frames_BTCHW: Tensor = inputs
         if self.training and self.config.temporal == "single-frame":
             frames_BTCHW = self.random_frame(inputs)
@@ -120,21 +122,49 @@ class TaVlad(nn.Module):
         unless it is asked for."""
         if with_activation is None:
             with_activation = self.config.attention != "none"
-        num_clips, num_frames = frames_BTCHW.shape[:2]
-        images = frames_BTCHW.flatten(0, 1)
-        maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
-        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        num_frames = frames_BTCHW.shape[1]
+        maps = self._run(self.trunk, self._frozen_trunk, frames_BTCHW.flatten(0, 1), num_frames)
         activation_BTHW = None
-        if with_activation:
-            trunk, seen = self.trunk, maps
-            if self.attention_trunk is not None:
-                assert self._frozen_attention_trunk is not None
-                trunk = self.attention_trunk
-                seen = self._run(trunk, self._frozen_attention_trunk, images, num_frames)
-            post_relu_BTDHW = seen.post_relu_BDHW.unflatten(0, (num_clips, num_frames))
-            activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
-            activation_BTHW = activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
-        return Features(chosen.unflatten(0, (num_clips, num_frames)), activation_BTHW)
+        if with_activation and self.attention_trunk is not None:
+            activation_BTHW = self._frozen_activation(frames_BTCHW)
+        elif with_activation:
+            activation_BTHW = _activation(maps, num_frames, self.trunk)
+        return Features(self._described(maps, num_frames), activation_BTHW)
+
+    def early_features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Features:
+        """What no stage trains of the work on frames: the map below the trunk's last block, and the activation if it
+        comes from a trunk of its own."""
+        early_BEHW = self._frozen_trunk.early(frames_BTCHW.flatten(0, 1), frames_BTCHW.shape[1])
+        activation_BTHW = None if self.attention_trunk is None else self._frozen_activation(frames_BTCHW)
+        return Features(early_BEHW.unflatten(0, frames_BTCHW.shape[:2]), activation_BTHW, "early")
+
+    def _completed(self, features: Features) -> Features:
+        """The features of the whole trunk, its last block computed where they end below it."""
+        if features.kind == "last":
+            return features
+        num_frames = features.maps_BTDHW.shape[1]
+        early_BEHW = features.maps_BTDHW.flatten(0, 1)
+        if self._learns(self.trunk):
+            dtype = precision_of(early_BEHW.device.type, self.classifier.weight.dtype)
+            maps = self._run_late(self.trunk, early_BEHW.to(dtype, memory_format=torch.channels_last))
+        else:
+            maps = self._frozen_trunk.late(early_BEHW, num_frames)
+        activation_BTHW = features.activation_BTHW
+        if self.config.attention == "cam":
+            activation_BTHW = _activation(maps, num_frames, self.trunk)
+        return Features(self._described(maps, num_frames), activation_BTHW)
+
+    def _described(self, maps: TrunkMaps, num_frames: int) -> Float[Tensor, "B T D h w"]:
+        chosen_BDHW = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        return chosen_BDHW.unflatten(0, (-1, num_frames))
+
+    def _frozen_activation(self, frames_BTCHW: Tensor) -> Float[Tensor, "B T h w"]:
+        """Of the trunk that is kept for it."""
+        assert self.attention_trunk is not None
+        assert self._frozen_attention_trunk is not None
+        num_frames = frames_BTCHW.shape[1]
+        maps = self._run(self.attention_trunk, self._frozen_attention_trunk, frames_BTCHW.flatten(0, 1), num_frames)
+        return _activation(maps, num_frames, self.attention_trunk)
 
     @property
     def described_map(self) -> Literal["pre_relu", "post_relu"]:
@@ -215,16 +245,27 @@ class TaVlad(nn.Module):
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
         """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
         if torch.compiler.is_compiling():  # an exported graph is the plain one
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
-        if not learns:
+        if not self._learns(trunk):
             return frozen.maps(images_BCHW, num_frames)
-        early_BEHW = frozen.early(images_BCHW, num_frames)
+        return self._run_late(trunk, frozen.early(images_BCHW, num_frames))
+
+    def _learns(self, trunk: TrunkNetwork) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
+
+    def _run_late(self, trunk: TrunkNetwork, early_BEHW: Tensor) -> TrunkMaps:
+        """The last block as it learns."""
         late = self._compiled_late if self._compiled_late is not None and trunk is self.trunk else trunk.late
         if self._recompute:
             return checkpoint(late, early_BEHW, use_reentrant=False)
         return late(early_BEHW)
+
+
+def _activation(maps: TrunkMaps, num_frames: int, trunk: TrunkNetwork) -> Float[Tensor, "B T h w"]:
+    post_relu_BTDHW = maps.post_relu_BDHW.unflatten(0, (-1, num_frames))
+    activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
+    return activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
 
 
 def _places(map_BTDHW: Float[Tensor, "B T D h w"]) -> Float[Tensor, "B T N D"]:

@@ -255,9 +255,25 @@ def test_training_learns_from_the_features_that_were_filled(local_site: Site, pa
     assert done.document == {"registered": False}
     # Nothing is computed that is there already: trainings write what they compute.
     store = open_store(filled["uri"], local_site.s3)
-    assert "training from features (0.00 GB): the trunk takes about 0 s" in done.out + done.err
+    assert "stage 1 learns from features (0.00 GB): what is frozen takes about 0 s" in done.out + done.err
     assert not store.list("through/")
     assert tavlad("--json", *_FEATURES).document == filled | {"was_there": True}
+
+
+@pytest.mark.long
+def test_stage_2_learns_from_the_maps_below_its_last_block(local_site: Site, packed_clips: dict[str, Any]) -> None:
+    trunk = ["--set", "model.trunk=resnet18", "--set", "model.weights=none"]
+    filled = tavlad("--json", *_FEATURES, "--stage", "2", *trunk).document
+    assert filled["num_bytes"] == filled["num_entries"] * 8 * 256 * 4 * 4 * 2
+    train = [*TRAIN, *trunk, "--no-register", "--set", "training.num_views=3", "--set", "stage2.features=always"]
+    said = tavlad("--json", *train, "--set", "features.budget_gigabytes=0")
+    assert said.code == 0, "all of it is there already"
+    assert "stage 2 learns from features (0.00 GB): what is frozen takes about 0 s" in said.out + said.err
+    assert not open_store(filled["uri"], local_site.s3).list("through/")
+    refused = tavlad(*train, "--set", "training.num_views=4", "--set", "features.budget_gigabytes=0")
+    assert refused.code == 2
+    assert "features of 4 views a clip would take 0.00 GB, features.budget_gigabytes is 0" in refused.err
+    assert "stage 1 steps" not in refused.out + refused.err, "refused before anything long begins"
 
 
 @pytest.mark.chaos
