@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from tavlad.config import Modality
+
 
 class BadClip(ValueError):
     """A clip that cannot be used; the text names it, the reason and the remedy."""
@@ -29,12 +31,26 @@ def uniform_frame_indices(num_frames: int, num_samples: int) -> list[int]:
     return [sample * num_frames // num_samples for sample in range(num_samples)]
 
 
+def mirror(frames_TCHW: UInt8[Tensor, "*T 3 H W"], modality: Modality) -> UInt8[Tensor, "*T 3 H W"]:
+    """Left and right exchanged, as a new tensor; in pictures of flow what moved to the right then moves to the left."""
+    mirrored = frames_TCHW.flip(-1)
+    if modality == "flow":
+        reverse_flow(mirrored)
+    return mirrored
+
+
+def reverse_flow(frames_TCHW: UInt8[Tensor, "*T 3 H W"]) -> None:
+    """Exchange right and left in the first channel of pictures of flow, in place; 128 is rest."""
+    across_THW = frames_TCHW[..., 0, :, :]
+    across_THW.copy_((256 - across_THW.to(torch.int16)).clamp_(max=255))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipBatch:
     """One rank's share of a global batch. It may hold no clip, when the last batch is shorter than the world."""
 
     frames_BTCHW: UInt8[Tensor, "B T 3 H W"]
-    """RGB frames, 0-255."""
+    """RGB frames, or pictures of their motion, 0-255."""
     labels_B: Int64[Tensor, " B"]
     """Index of each clip's action in the set's label order."""
     keys: tuple[str, ...]

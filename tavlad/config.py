@@ -8,6 +8,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 Config = TypeVar("Config")
 
+Modality = Literal["rgb", "flow", "difference"]
+"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
+
 TRUNKS = (
     "resnet18",
     "resnet34",
@@ -30,6 +33,8 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
+    modality: Modality = "rgb"
+    """What its frames show: must be that of the set (`tavlad pack --modality`)."""
     trunk: str = "resnet34"
     """The frame network, an ImageNet classifier with global average pooling and one linear layer: one of `TRUNKS`, or
     "timm:NAME". vgg16 has three linear layers: no attention."""
@@ -105,7 +110,12 @@ class ModelConfig:
 
     @property
     def variant(self) -> str:
-        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"; with "-flow" or
+        "-difference" behind it for a model of motion."""
+        return self._variant if self.modality == "rgb" else f"{self._variant}-{self.modality}"
+
+    @property
+    def _variant(self) -> str:
         if not self.has_vlad:
             return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"

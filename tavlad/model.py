@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
-from tavlad.clip import Features
+from tavlad.clip import Features, mirror
 from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
 from tavlad.draws import ClipDropout, RandomFrame
@@ -112,7 +112,7 @@ class TaVlad(nn.Module):
             frames_BTCHW = self.random_frame(inputs)
         logits_BA = self._head(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self._head(self.encode(frames_BTCHW.flip(-1)))) / 2
+            logits_BA = (logits_BA + self._head(self.encode(mirror(frames_BTCHW, self.config.modality)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:

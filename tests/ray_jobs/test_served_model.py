@@ -227,7 +227,7 @@ def run_apart(program: str, *arguments: object) -> list:
 
 
 def test_the_staged_code_needs_only_what_it_names(tmp_path: Path) -> None:
-    code = stage_code(tmp_path)
+    code = stage_code(tmp_path, CONFIG)
     named = {requirement.partition("==")[0] for requirement in code.pip_requirements}
     assert "pillow" in named
     named.add("PIL")  # what it is imported as
@@ -253,7 +253,7 @@ def test_a_registered_model_predicts_in_a_process_with_nothing_of_ours(
 ) -> None:
     uri, video = mlflow_server.uri, videos / "clap" / "0.mp4"
     run_id = create_run(uri, "tavlad/served", "train", {RUN_TAG: "served"}, {})
-    code = stage_code(tmp_path / "code")
+    code = stage_code(tmp_path / "code", CONFIG)
     register(uri, directory, run_id=run_id, name="tavlad-served-split1", tags={}, accuracy=0.5, code=code)
     np.save(tmp_path / "frames.npy", clip_of(video, CARD)[None].numpy())
     model_uri = "models:/tavlad-served-split1@best"
