@@ -17,7 +17,7 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
 from ray_jobs.notice import Left, Notice
@@ -120,10 +120,10 @@ class _Trainer:
             return train, test
         extract, split = self._extractor(model), self._plan.split
         cache = node_cache(self._site, self._recipe.resources.disk_cache, index)
-        learned = FeatureBatches(train, features, split, extract, cache)
+        learned, tested = (FeatureBatches(part, features, split, extract, cache) for part in (train, test))
         # The mirror image of a clip is not among what is stored for testing.
-        return learned, test if self._recipe.model.mirror_at_test else FeatureBatches(
-            test, features, split, extract, cache
+        return pooled_if_possible(learned, model, stage), (
+            test if self._recipe.model.mirror_at_test else pooled_if_possible(tested, model, stage)
         )
 
     def _extractor(self, model: TaVlad) -> Extractor:

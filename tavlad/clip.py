@@ -97,6 +97,12 @@ class Features(NamedTuple):
         return Features(self.maps_BTDHW.to(device, non_blocking=True), activation)
 
 
+class Pooled(NamedTuple):
+    """What a head whose words do not learn makes of a batch of clips before its dropout and classifier."""
+
+    clips_BKD: Float[Tensor, "B K D"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureBatch:
     """A `ClipBatch` whose frames have been through the frozen trunk."""
@@ -131,7 +137,39 @@ class FeatureBatch:
         )
 
 
-Batch = ClipBatch | FeatureBatch
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledBatch:
+    """A `ClipBatch` whose frames have been through all of a model that a stage does not train: trunk, VLAD, sum."""
+
+    pooled_BKD: Float[Tensor, "B K D"]
+    """What `TaVlad.pool` makes of the clips."""
+    labels_B: Int64[Tensor, " B"]
+    keys: tuple[str, ...]
+    num_clips_in_global_batch: int
+
+    def __post_init__(self) -> None:
+        _check_batch(len(self.pooled_BKD), self.labels_B, self.keys, self.num_clips_in_global_batch)
+
+    def inputs(self, device: torch.device) -> Pooled:
+        """What the model is called with: the clips, or a blank one where there is none."""
+        return Pooled((self.pooled_BKD if self.keys else _blank(self.pooled_BKD)).to(device))
+
+    def to(self, device: torch.device) -> "PooledBatch":
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        pooled_BKD, labels_B = (each.to(device, non_blocking=True) for each in (self.pooled_BKD, self.labels_B))
+        return replace(self, pooled_BKD=pooled_BKD, labels_B=labels_B)
+
+    def part(self, start: int, stop: int) -> "PooledBatch":
+        """Some of its clips, which may be none."""
+        return PooledBatch(
+            pooled_BKD=self.pooled_BKD[start:stop],
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
+
+
+Batch = ClipBatch | FeatureBatch | PooledBatch
 
 
 def _blank(values: Tensor) -> Tensor:

@@ -109,6 +109,11 @@ class ModelConfig:
         return self.temporal in ("sum", "gru")
 
     @property
+    def can_pool(self) -> bool:
+        """Whether a clip's VLADs become one without anything that learns or is drawn: see `TaVlad.pool`."""
+        return self.temporal == "sum" and self.dropout_place != "frame"
+
+    @property
     def variant(self) -> str:
         """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"; with "-flow" or
         "-difference" behind it for a model of motion."""

@@ -1,12 +1,13 @@
 """Learning from features is learning from frames: the same batches, the same losses, without the trunk."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, PooledBatches, pooled_if_possible
 from ray_jobs.features import Decision, Extractor, Rates, Workload, decide
 from shards.features import FeatureSet
 from shards.read import ClipLoader, LoaderOptions
@@ -19,6 +20,8 @@ from tests.fixtures_sets import PackedSet
 CROP = 64
 MODEL = ModelConfig(trunk="resnet18", weights="none", num_clusters=3, gru_width=5, alpha=5.0)
 EPOCHS = 3
+STAGE = StageConfig(epochs=EPOCHS, lr=1e-2, features="always")
+_CPU = torch.device("cpu")
 
 
 def _model(**changes: object) -> TaVlad:
@@ -44,7 +47,7 @@ def _loader(packed: PackedSet, part: Any, rank: int = 0, world: int = 1, num_vie
 def _train(model: TaVlad, precision: Any, train: Any, test: Any) -> list[EpochReport]:
     reports: list[EpochReport] = []
     training = TrainingConfig(batch_size=5, precision=precision, crop=CROP)
-    plan = StagePlan(number=1, stage=StageConfig(epochs=EPOCHS, lr=1e-2, features="always"), training=training)
+    plan = StagePlan(number=1, stage=STAGE, training=training)
     fit(model, plan, train, test, Listeners(on_epoch=reports.append))
     return reports
 
@@ -111,12 +114,66 @@ def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> N
     assert sum(rank.num_computed for rank in ranks) == 12
 
 
+@pytest.mark.parametrize(("attention", "pca", "precision"), [("cam", 0, "bf16"), ("none", 3, "float32")])
+def test_losses_from_pooled_clips_are_those_from_features(
+    packed: PackedSet, tmp_path: Any, attention: str, pca: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[list[EpochReport]] = []
+    pooled = Counter[str]()
+    plain_pool = TaVlad.pool
+    for wrap in (lambda batches, _: batches, lambda batches, model: pooled_if_possible(batches, model, STAGE)):
+        model = _model(temporal="sum", attention=attention, descriptor_pca=pca)
+        if model.pca is not None:
+            torch.nn.init.orthogonal_(model.pca.components)
+        extract = Extractor(model, torch.device("cpu"), precision)
+        features = _features(tmp_path, precision, "float16")
+        parts = [FeatureBatches(_loader(packed, part, num_views=1), features, 1, extract) for part in ("train", "test")]
+        monkeypatch.setattr(TaVlad, "pool", lambda *given: pooled.update(["clip"]) or plain_pool(*given))
+        reports.append(_train(model, precision, *[wrap(part, model) for part in parts]))
+    for one, other in zip(*reports, strict=True):
+        assert other.metrics["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
+        assert other.scores is not None
+        assert one.scores is not None
+        torch.testing.assert_close(other.scores.probabilities, one.scores.probabilities, rtol=1e-4, atol=1e-5)
+    assert pooled["clip"] == 18, "each clip once, in three epochs"
+
+
+def test_what_learns_or_is_drawn_is_not_pooled(packed: PackedSet, tmp_path: Any) -> None:
+    for changes in ({"temporal": "gru"}, {"temporal": "sum", "dropout_place": "frame"}):
+        model = _model(**changes)
+        batches = FeatureBatches(
+            _loader(packed, "train"), _features(tmp_path, "float32", "float16"), 1, Extractor(model, _CPU, "float32")
+        )
+        assert pooled_if_possible(batches, model, STAGE) is batches
+    model = _model(temporal="sum")
+    assert pooled_if_possible(batches, model, replace(STAGE, vlad=True)) is batches
+    assert isinstance(pooled_if_possible(batches, model, STAGE), PooledBatches)
+
+
+def test_pooled_batches_keep_no_more_than_they_may(packed: PackedSet, tmp_path: Any) -> None:
+    model = _model(temporal="sum")
+    features = _features(tmp_path, "float32", "float16")
+    batches = FeatureBatches(_loader(packed, "train", num_views=1), features, 1, Extractor(model, _CPU, "float32"))
+    clip_bytes = 3 * 512 * 4
+    one, other = PooledBatches(batches, model), PooledBatches(batches, model, max_bytes=5 * clip_bytes)
+    for epoch in range(2):
+        for first, second in zip(one.epoch(epoch), other.epoch(epoch), strict=True):
+            assert first.keys == second.keys
+            assert torch.equal(first.pooled_BKD, second.pooled_BKD)
+    assert (len(one._kept), len(other._kept)) == (12, 5)
+
+
 def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: Any) -> None:
     extract = Extractor(_model(), torch.device("cpu"), "float32")
     last = _loader(packed, "train", rank=0, world=4)  # 12 clips in batches of 5: two in the last, for ranks 1 and 3
     *_, batch = FeatureBatches(last, _features(tmp_path, "float32", "float16"), 1, extract).epoch(0)
     assert batch.keys == ()
     assert _model()(batch.inputs(torch.device("cpu"))).shape == (1, 3)
+    model = _model(temporal="sum")
+    features = FeatureBatches(last, _features(tmp_path, "float32", "float16"), 1, extract)
+    *_, pooled = PooledBatches(features, model).epoch(0)
+    assert pooled.keys == ()
+    assert model(pooled.inputs(_CPU)).shape == (1, 3)
 
 
 def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: Any) -> None:
