@@ -22,8 +22,8 @@ class Outcome:
     top1: float
     """Of the last epoch: the result."""
     mean_class: float
-    best_on_test: float
-    """The highest of any epoch: chosen on the test part, so not a result."""
+    best_on_test: float | None
+    """The highest of any epoch: chosen on the test part, so not a result. None for a fusion, which has no epochs."""
     num_test_clips: int
     epochs: int
     wall_seconds: float
@@ -45,6 +45,11 @@ class Entry:
     """None as long as it is not done."""
     failure: str = ""
     """Why it could not be done."""
+
+    @property
+    def trained_on(self) -> str:
+        """The packed set of its training, with the same videos and splits as `dataset`."""
+        return self.dataset if self.row.modality == "rgb" else f"{self.dataset}-{self.row.modality}"
 
     @property
     def paper(self) -> float | None:
@@ -177,12 +182,12 @@ def _training_row(entry: Entry) -> list[str]:
     return [
         *first,
         f"<b>{percent(outcome.top1)}</b>",
-        percent(outcome.best_on_test),
+        "–" if outcome.best_on_test is None else percent(outcome.best_on_test),
         paper,
         "–" if difference is None else f"{100 * difference:+.1f}",
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
-        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model)}</a>',
+        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model)}</a>' if outcome.run_url else "–",
     ]
 
 
@@ -211,7 +216,7 @@ def _average_table(report: Reproduction) -> str:
 
 
 def _curves(entry: Entry) -> str:
-    if entry.outcome is None:
+    if entry.outcome is None or not entry.outcome.history:
         return ""
     picture = image(figures.png(figures.training_curves(entry.outcome.history)), "png", "training curves")
     title = f"<b>{html.escape(entry.row.name)}</b>, {html.escape(entry.dataset)}, split {entry.split}"

@@ -10,6 +10,9 @@ from tavlad.clip import FeatureKind
 
 Config = TypeVar("Config")
 
+Modality = Literal["rgb", "flow", "difference"]
+"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
+
 TRUNKS = (
     "resnet18",
     "resnet34",
@@ -32,6 +35,8 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
+    modality: Modality = "rgb"
+    """What its frames show: must be that of the set (`tavlad pack --modality`)."""
     trunk: str = "resnet34"
     """The frame network, an ImageNet classifier with global average pooling and one linear layer: one of `TRUNKS`, or
     "timm:NAME". vgg16 has three linear layers: no attention."""
@@ -106,8 +111,18 @@ class ModelConfig:
         return self.temporal in ("sum", "gru")
 
     @property
+    def can_pool(self) -> bool:
+        """Whether a clip's VLADs become one without anything that learns or is drawn: see `TaVlad.pool`."""
+        return self.temporal == "sum" and self.dropout_place != "frame"
+
+    @property
     def variant(self) -> str:
-        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"; with "-flow" or
+        "-difference" behind it for a model of motion."""
+        return self._variant if self.modality == "rgb" else f"{self._variant}-{self.modality}"
+
+    @property
+    def _variant(self) -> str:
         if not self.has_vlad:
             return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"
