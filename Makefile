@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check format install lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check audit format install \
+	lock clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +46,11 @@ check: $(INSTALLED)  ## lint, format, types, import directions
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+audit: $(INSTALLED)  ## known vulnerabilities of all that is pinned; says so where the advisories cannot be reached
+	@test -x $(VENV)/audit/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)/audit
+	@$(BIN)/uv pip sync --quiet --require-hashes --python $(VENV)/audit/bin/python requirements-audit.lock
+	@$(BIN)/python -m tests.audit $(VENV)/audit/bin/pip-audit requirements.lock requirements-bootstrap.lock requirements-audit.lock
+
 format: $(INSTALLED)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -62,6 +68,8 @@ $(INSTALLED): requirements.lock requirements-bootstrap.lock pyproject.toml
 lock:  ## pin every dependency again, newest first, with hashes and without hosts
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --group dev \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile --group pyproject.toml:audit --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements-audit.lock
 
 clean:  ## remove .venv; data under .tavlad stays
 	rm -rf $(VENV)

@@ -71,9 +71,16 @@ def absolute(place: str) -> str:
 
 
 def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
-    """The set a recipe trains on, or the share of it that the recipe rehearses with."""
+    """The set a recipe trains on, or the share of it that the recipe rehearses with; ValueError for a set of another
+    modality than the recipe's."""
     store = open_store(locate_set(site, dataset), site.s3)
-    return store, share_of(load_index(store), recipe.training.subset)
+    index = load_index(store)
+    if index.modality != recipe.model.modality:
+        raise ValueError(
+            f"{index.name!r} is a set of {index.modality} and model.modality is {recipe.model.modality!r}: add "
+            f"--set model.modality={index.modality}, or choose a set packed with --modality {recipe.model.modality}"
+        )
+    return store, share_of(index, recipe.training.subset)
 
 
 def node_cache(site: Site, gigabytes: float, index: Index) -> DiskCache | None:

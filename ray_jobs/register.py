@@ -67,6 +67,13 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
         return register_training(site, plan, index, records, console)
 
 
+def finished_scores(site: Site, plan: TrainingPlan) -> Scores:
+    """The scores of a finished training's last epoch on the test part."""
+    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
+        plan.checkpoints(site).fetch(plan.last_checkpoint, Path(folder))
+        return load_scores(Path(folder))
+
+
 def register_training(
     site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console
 ) -> RegisteredRun:
@@ -108,7 +115,7 @@ def register_training(
                     "training": plan.name,
                 },
                 accuracy=scores.top(1),
-                code=stage_code(Path(code), plan.recipe.model.trunk),
+                code=stage_code(Path(code), plan.recipe.model),
             )
     records.finish()
     moved = "now best" if model.is_best else "best stays where it is"

@@ -48,6 +48,11 @@ class Entry:
     """Why it could not be done."""
 
     @property
+    def trained_on(self) -> str:
+        """The packed set of its training, with the same videos and splits as `dataset`."""
+        return self.dataset if self.row.modality == "rgb" else f"{self.dataset}-{self.row.modality}"
+
+    @property
     def paper(self) -> float | None:
         """The paper's accuracy of this split in %, where it gives one."""
         dataset = paper_set(self.dataset)
@@ -183,7 +188,9 @@ def _training_row(entry: Entry) -> list[str]:
         "–" if difference is None else f"{100 * difference:+.1f}",
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
-        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model or "run")}</a>',
+        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model or "run")}</a>'
+        if outcome.run_url
+        else "–",
     ]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from shards.flow import dense_flow, opencv
+
 LENGTH = 15
 """Frames of a trajectory; fewer in clips that have fewer."""
 _EVERY = 5  # frames between two beginnings
@@ -26,7 +28,7 @@ def trajectories(frames_THWC: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarra
 
     Where nothing moves all points of the grid are kept, standing still: every clip has trajectories.
     """
-    cv2 = _opencv()
+    cv2 = opencv()
     grey_THW = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames_THWC]
     flows = [_flow(cv2, before, after) for before, after in itertools.pairwise(grey_THW)]
     length = min(LENGTH, len(grey_THW))
@@ -67,14 +69,6 @@ def _grid(cv2: Any, grey_HW: UInt8[np.ndarray, "H W"]) -> Float32[np.ndarray, "P
 
 
 def _flow(cv2: Any, before_HW: UInt8[np.ndarray, "H W"], after_HW: UInt8[np.ndarray, "H W"]) -> Any:
-    """Pixels to the right and down that each pixel moves, (H, W, 2)."""
-    flow_HW2 = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before_HW, after_HW, None)
+    """The dense flow, median-filtered, (H, W, 2)."""
+    flow_HW2 = dense_flow(before_HW, after_HW)
     return np.stack([cv2.medianBlur(np.ascontiguousarray(flow_HW2[..., axis]), _MEDIAN) for axis in (0, 1)], axis=-1)
-
-
-def _opencv() -> Any:
-    """OpenCV, on one thread: DIS shares a frame out by threads, and their number would change the flow."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    return cv2

@@ -23,7 +23,7 @@ _Convolution = nn.Conv2d | nn.Conv3d
 _Norm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
-_Half = Literal["maps", "early"]
+_Half = Literal["maps", "early", "late"]
 _Version = tuple[object, ...]
 
 
@@ -46,6 +46,8 @@ class FrozenTrunk:
         self._trunk = trunk
         self.compile = False
         """Whether what the copies compute is compiled."""
+        self.graphs = False
+        """Whether it is then launched as CUDA graphs."""
         self._folded: dict[torch.dtype, _Folded] = {}
 
     @torch.no_grad()
@@ -53,28 +55,31 @@ class FrozenTrunk:
         """The last maps of 0-255 images, or clips for a trunk that joins frames. A CPU computes `frames_per_pass` at a
         time, a GPU as many such passes at once as fit: with the frames of one clip, its maps do not depend on the clips
         beside it."""
-        passes: list[TrunkMaps] = self._run("maps", images_BCHW, frames_per_pass)
-        return TrunkMaps(
-            pre_relu_BDHW=torch.cat([each.pre_relu_BDHW for each in passes]),
-            post_relu_BDHW=torch.cat([each.post_relu_BDHW for each in passes]),
-        )
+        return _joined(self._run("maps", images_BCHW, frames_per_pass))
 
     @torch.no_grad()
     def early(self, images_BCHW: UInt8[Tensor, "F 3 *image"], frames_per_pass: int) -> Float[Tensor, "F E *early"]:
         """The map below the last block, which stage 2 does not train either; see `maps`."""
         return torch.cat(self._run("early", images_BCHW, frames_per_pass))
 
-    def _run(self, half: _Half, images_BCHW: Tensor, frames_per_pass: int) -> list[Any]:
-        device = images_BCHW.device.type
-        is_mixed = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_mixed else next(self._trunk.parameters()).dtype
+    @torch.no_grad()
+    def late(self, early_BEHW: Float[Tensor, "F E eh ew"], frames_per_pass: int) -> TrunkMaps:
+        """The last maps from what `early` made, the same as `maps` makes of the images."""
+        return _joined(self._run("late", early_BEHW, frames_per_pass))
+
+    def _run(self, half: _Half, inputs_BCHW: Tensor, frames_per_pass: int) -> list[Any]:
+        device = inputs_BCHW.device.type
+        dtype = precision_of(device, next(self._trunk.parameters()).dtype)
         with torch.inference_mode(mode=False), torch.no_grad():  # a copy made in inference mode could not be mended
             folded = self._current(dtype, half)
         run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
         if self.compile:
-            run = folded.compiled.setdefault(half, compiled(run))
+            run = folded.compiled.setdefault(half, compiled(run, graphs=self.graphs))
+        parts = _passes(inputs_BCHW, frames_per_pass)
         with torch.autocast(device, enabled=False):
-            return [run(normalise(self._trunk, part, dtype)) for part in _passes(images_BCHW, frames_per_pass)]
+            if half == "late":
+                return [run(part.to(dtype, memory_format=torch.channels_last)) for part in parts]
+            return [run(normalise(self._trunk, part, dtype)) for part in parts]
 
     def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
         """The trunk as its weights are now."""
@@ -84,6 +89,7 @@ class FrozenTrunk:
             # What learns is not below the last block: its steps are no reason to fold again.
             "early": tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.requires_grad),
         }
+        versions["late"] = versions["maps"]
         found = self._folded.get(dtype)
         if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
             copied = fold(self._trunk).to(dtype).to(memory_format=_channels_last(self._trunk))
@@ -93,6 +99,11 @@ class FrozenTrunk:
             found.trunk.load_state_dict(fold(self._trunk).state_dict())
             found.versions = versions
         return found
+
+
+def precision_of(device: str, otherwise: torch.dtype) -> torch.dtype:
+    """What autocast computes in on a kind of device, or `otherwise` where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
 
 
 def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 *image"], dtype: torch.dtype) -> Tensor:
@@ -149,8 +160,15 @@ def _channels_last(trunk: TrunkNetwork) -> torch.memory_format:
     return torch.channels_last_3d if trunk.joins_frames else torch.channels_last
 
 
-def _passes(images_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
-    if images_BCHW.device.type != "cpu":
+def _passes(inputs_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
+    if inputs_BCHW.device.type != "cpu":
         frames_per_pass *= max(1, _FRAMES_PER_GPU_PASS // frames_per_pass)
-    frames_per_image = images_BCHW.shape[2] if images_BCHW.ndim == 5 else 1
-    return images_BCHW.split(max(1, frames_per_pass // frames_per_image))
+    frames_per_image = inputs_BCHW.shape[2] if inputs_BCHW.ndim == 5 else 1
+    return inputs_BCHW.split(max(1, frames_per_pass // frames_per_image))
+
+
+def _joined(passes: list[TrunkMaps]) -> TrunkMaps:
+    return TrunkMaps(
+        pre_relu_BDHW=torch.cat([each.pre_relu_BDHW for each in passes]),
+        post_relu_BDHW=torch.cat([each.post_relu_BDHW for each in passes]),
+    )

@@ -69,6 +69,11 @@ class TrunkNetwork(nn.Module, ABC):
         """What comes below the last block and so never learns; `late` goes on from there. By default, nothing does."""
         return images_BCHW
 
+    @property
+    def has_early_map(self) -> bool:
+        """Whether `early` is more than the images themselves, so that its map is worth keeping."""
+        return type(self).early is not TrunkNetwork.early
+
     def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
         """The last feature maps from what `early` gives."""
         return self.maps(early_BEHW)

@@ -23,6 +23,7 @@ class R3d18Trunk(TrunkNetwork):
 
     feature_size = 512
     has_activation_maps = False
+    has_early_map = False  # none that is kept: features are of frames
     joins_frames = True
 
     def __init__(self) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.video import r3d_18
 
+from ray_jobs.features import may_use_features
 from ray_jobs.recipe import load_recipe
 from tavlad.backbone import TrunkNetwork, build_trunk
 from tavlad.config import ModelConfig
@@ -112,6 +113,7 @@ def test_conv3d_is_for_a_trunk_that_joins_frames_and_keeps_no_features() -> None
     for given in ({"trunk": "resnet34", "temporal": "conv3d"}, {"trunk": "r3d_18", "temporal": "consensus"}):
         with pytest.raises(ValueError, match=r"does not fit model\.temporal"):
             ModelConfig(attention="none", **given)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='of "conv3d" nothing is stored'):
-        load_recipe("conv3d-resnet18", ["stage1.features=always"], dataset="any")
-    assert isinstance(TaVlad(load_recipe("conv3d-resnet18", dataset="any").model, 3), nn.Module)
+    recipe = load_recipe("conv3d-resnet18", ["stage2.features=auto"], dataset="any")
+    model = TaVlad(recipe.model, 3)
+    assert recipe.stage1.features == recipe.stage2.features == "auto"
+    assert not any(may_use_features(recipe, stage, model) for stage in (recipe.stage1, recipe.stage2))
