@@ -38,17 +38,13 @@ def _clip(path: Path, crop: int) -> torch.Tensor:
 def _features(model: TaVlad, frames: torch.Tensor, way: str) -> Features:
     """The trunk's maps and activation of one clip, computed in one of `WAYS`."""
     early, _, late = way.partition(", last block ")
-    with autocast(_CPU, early):
-        if not late:
+    if not late:
+        with autocast(_CPU, early):
             return model.features(frames)
-        below = model._frozen_trunk.early(frames[0], NUM_FRAMES)
-    dtype = torch.bfloat16 if late == "bf16" else torch.float32
-    maps = model._frozen_trunk._current(dtype, "maps").trunk.late(below.to(dtype))
-    from tavlad.attention import class_activation
-
-    post = maps.post_relu_BDHW[None].float()
-    activation = class_activation(post.flatten(3).transpose(2, 3), model.trunk.classifier)
-    return Features(maps.pre_relu_BDHW[None], activation.unflatten(2, post.shape[3:]))
+    with autocast(_CPU, early):
+        below = model.early_features(frames)
+    with autocast(_CPU, late):
+        return model._completed(below)
 
 
 def _stack(maps: list[FrameMaps]) -> FrameMaps:
