@@ -97,12 +97,18 @@ def checkpoint_name(stage: int, epochs_done: int, steps_done: int = 0) -> str:
 
 def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
     """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
+    recipe.model.require_network()
+    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
+        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
+    return plan_run(site, recipe, split)
+
+
+def plan_run(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
+    """`plan_training` of anything that a recipe names, a network or not."""
     dataset_uri = locate_set(site, recipe.dataset)
     _, index = open_set(site, recipe.dataset, recipe)
     for part in ("train", "test"):
         index.clips(split, part)  # refuses a part without clips
-    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
-        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
     fingerprint = recipe.fingerprint(
         set=index.fingerprint, split=split, weights=digest_of_weights(site, recipe), format=_RESULT_FORMAT
     )

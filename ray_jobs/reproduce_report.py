@@ -23,12 +23,13 @@ class Outcome:
     """Of the last epoch: the result."""
     mean_class: float
     best_on_test: float | None
-    """The highest of any epoch: chosen on the test part, so not a result. None for a fusion, which has no epochs."""
+    """The highest of any epoch: chosen on the test part, so not a result. None for what has no epochs."""
     num_test_clips: int
     epochs: int
     wall_seconds: float
     """Of the command that ended it, codebook to registered model; less than all of it if it was resumed."""
     model: str
+    """The registered model; empty for what is no network."""
     run_url: str
     history: list[dict[str, Any]]
     """One row an epoch."""
@@ -187,7 +188,9 @@ def _training_row(entry: Entry) -> list[str]:
         "–" if difference is None else f"{100 * difference:+.1f}",
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
-        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model)}</a>' if outcome.run_url else "–",
+        _link(outcome),
+        if outcome.run_url
+        else "–",
     ]
 
 
@@ -221,6 +224,12 @@ def _curves(entry: Entry) -> str:
     picture = image(figures.png(figures.training_curves(entry.outcome.history)), "png", "training curves")
     title = f"<b>{html.escape(entry.row.name)}</b>, {html.escape(entry.dataset)}, split {entry.split}"
     return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+
+
+def _link(outcome: Outcome) -> str:
+    """To its run; a fusion has none."""
+    name = html.escape(outcome.model or "run")
+    return f'<a href="{html.escape(outcome.run_url)}">{name}</a>' if outcome.run_url else "–"
 
 
 def _duration(seconds: float) -> str:

@@ -43,6 +43,7 @@ class TaVlad(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
+        config.require_network()
         self.config = config
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
@@ -126,7 +127,8 @@ class TaVlad(nn.Module):
         if with_activation is None:
             with_activation = self.config.attention != "none"
         num_frames = frames_BTCHW.shape[1]
-        maps = self._run(self.trunk, self._frozen_trunk, frames_BTCHW.flatten(0, 1), num_frames)
+        images = frames_BTCHW.transpose(1, 2) if self.trunk.joins_frames else frames_BTCHW.flatten(0, 1)
+        maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
         activation_BTHW = None
         if with_activation and self.attention_trunk is not None:
             activation_BTHW = self._frozen_activation(frames_BTCHW)
@@ -158,8 +160,8 @@ class TaVlad(nn.Module):
         return Features(self._described(maps, num_frames), activation_BTHW)
 
     def _described(self, maps: TrunkMaps, num_frames: int) -> Float[Tensor, "B T D h w"]:
-        chosen_BDHW = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
-        return chosen_BDHW.unflatten(0, (-1, num_frames))
+        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        return chosen.transpose(1, 2) if self.trunk.joins_frames else chosen.unflatten(0, (-1, num_frames))
 
     def _frozen_activation(self, frames_BTCHW: Tensor) -> Float[Tensor, "B T h w"]:
         """Of the trunk that is kept for it."""
@@ -267,7 +269,7 @@ class TaVlad(nn.Module):
             return attention_weights(activation_BTN, self.config.attention_scale, self.config.attention_temperature)
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
-        """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
+        """The trunk's maps of 0-255 images (or clips); without gradients below the first part that learns."""
         if torch.compiler.is_compiling():  # an exported graph is the plain one
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
         if not self._learns(trunk):
@@ -286,8 +288,9 @@ class TaVlad(nn.Module):
 
 
 def _activation(maps: TrunkMaps, num_frames: int, trunk: TrunkNetwork) -> Float[Tensor, "B T h w"]:
+    classifier = trunk.classifier  # a ValueError where there are no such maps
     post_relu_BTDHW = maps.post_relu_BDHW.unflatten(0, (-1, num_frames))
-    activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
+    activation_BTN = class_activation(_places(post_relu_BTDHW), classifier)
     return activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
 
 
