@@ -189,8 +189,6 @@ def _training_row(entry: Entry) -> list[str]:
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
         _link(outcome),
-        if outcome.run_url
-        else "–",
     ]
 
 
