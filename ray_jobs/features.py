@@ -14,7 +14,7 @@ import ray
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, result_of, room_for
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.feature_batches import entries_of
@@ -86,7 +86,7 @@ def fill_features(
 
 def may_use_features(recipe: Recipe, stage: StageConfig, model: TaVlad) -> bool:
     """Whether it is a question at all. A recipe that insists on what cannot be is refused by `feature_set`."""
-    if stage.features == "never" or recipe.training.views != "corner-scale":
+    if stage.features == "never" or recipe.training.views != "corner-scale" or model.trunk.joins_frames:
         return False
     return stage.features == "always" or stage.feature_kind == "last" or model.trunk.has_early_map
 
@@ -95,7 +95,9 @@ def feature_set(
     site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str, kind: FeatureKind
 ) -> FeatureSet:
     """The feature set of a data set, a trunk, which of its maps, and the way it is run; empty until filled. ValueError
-    for a trunk that has no such map."""
+    for a trunk that has no such map, or that joins frames: features are kept of frames alone."""
+    if model.trunk.joins_frames:
+        raise ValueError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
     training = recipe.training
     if kind == "early" and not model.trunk.has_early_map:
         raise ValueError(
@@ -240,11 +242,7 @@ def _fill(
 
 def _num_actors(recipe: Recipe) -> int:
     """As many as the cluster has room for."""
-    have, want = ray.cluster_resources(), recipe.resources
-    room = have.get("CPU", 1) / max(want.cpus_per_worker, 0.01)
-    if want.gpus_per_worker:
-        room = min(room, have.get("GPU", 0) / want.gpus_per_worker)
-    return max(1, int(room))
+    return room_for(recipe.resources.cpus_per_worker, recipe.resources.gpus_per_worker)
 
 
 @ray.remote(max_restarts=3, max_task_retries=3)

@@ -113,6 +113,10 @@ class Recipe:
                     f'{name}.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): '
                     "of TSN's 260 views a clip nothing is stored"
                 )
+            if stage.features == "always" and self.model.temporal == "conv3d":
+                raise ValueError(
+                    f'{name}.features = "always" needs a trunk of frames: of "conv3d" nothing is stored; choose "never"'
+                )
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, such as "stage1.lr"."""

@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, result_of, room_for
 from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
 from ray_jobs.features import feature_set, fill_views, may_use_features
@@ -37,6 +37,7 @@ from ray_jobs.sweep_search import (
 )
 from ray_jobs.train import train
 from ray_jobs.trial import TrialJob, run_trial, trial_loading
+from ray_jobs.trial_group import run_trial_by_group
 from shards.features import CENTRE_SLOT, FeatureSet
 from shards.index import Index
 from shards.order import num_steps
@@ -321,9 +322,11 @@ def _tuner(
 ) -> tune.Tuner:
     plan = job.sweep
     resources = plan.training.recipe.resources
-    needs = {"cpu": resources.cpus_per_worker} | (
-        {"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    )
+    needs, at_once = {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker}, plan.options.at_once
+    in_groups = plan.options.workers_per_trial > 1
+    if in_groups:  # the workers ask for what they need by themselves, and Ray Tune must not start more than fit
+        per_trial = [each * plan.options.workers_per_trial for each in needs.values()]
+        needs, at_once = {"cpu": 0.0, "gpu": 0.0}, at_once or room_for(*per_trial)
     filesystem, path = arrow_filesystem(f"{site.sweeps_uri}/{plan.name}/ray", site.s3)
     configurations = search if isinstance(search, list) else None
 
@@ -339,8 +342,8 @@ def _tuner(
             search_alg=None if isinstance(search, list) else search,
             scheduler=make_scheduler(plan, longest, over),
             num_samples=num_samples,
-            max_concurrent_trials=plan.options.at_once,
-            reuse_actors=True,
+            max_concurrent_trials=at_once,
+            reuse_actors=not in_groups,  # a group ends with its trial's process
         ),
         run_config=tune.RunConfig(
             # A name used twice would silently resume what Ray Tune remembers.
@@ -365,7 +368,7 @@ def _run_in_tune(job: TrialJob, changes: Changes) -> None:
         tune.report({EPOCH_NAME: epoch, SCORE_NAME: row["held_out/score"], "row": row})
 
     try:
-        run_trial(job, changes, report)
+        (run_trial if job.sweep.options.workers_per_trial == 1 else run_trial_by_group)(job, changes, report)
     except Diverged as error:  # another try would come to the same
         tune.report({EPOCH_NAME: epoch + 1, SCORE_NAME: -1.0, "diverged": str(error)})
 

@@ -17,7 +17,7 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
 from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
@@ -120,12 +120,12 @@ class _Trainer:
         features = self._features(model, index, number, train, test)
         if features is None:
             return train, test
-        extract, split = self._extractor(model, features), self._plan.split
+        extract, split, stage = self._extractor(model, features), self._plan.split, dict(self._plan.stages)[number]
         cache = node_cache(self._site, self._recipe.resources.disk_cache, index)
-        learned = FeatureBatches(train, features, split, extract, cache)
+        learned, tested = (FeatureBatches(part, features, split, extract, cache) for part in (train, test))
         # The mirror image of a clip is not among what is stored for testing.
-        return learned, test if self._recipe.model.mirror_at_test else FeatureBatches(
-            test, features, split, extract, cache
+        return pooled_if_possible(learned, model, stage), (
+            test if self._recipe.model.mirror_at_test else pooled_if_possible(tested, model, stage)
         )
 
     def _extractor(self, model: TaVlad, features: FeatureSet) -> Extractor:

@@ -41,7 +41,7 @@ from shards.transforms import (
     resize_into,
     window_of,
 )
-from tavlad.clip import BadClip, ClipBatch
+from tavlad.clip import BadClip, ClipBatch, reverse_flow
 
 _Result = TypeVar("_Result")
 _FETCHES_A_THREAD = 4
@@ -104,6 +104,7 @@ class ClipLoader:
         self.clips = index.clips(split, part)
         self.options = options
         self._num_frames = index.num_frames
+        self._is_flow = index.modality == "flow"
         self._store = store
         self._rank, self._world, self._num_ranks = rank, world, num_ranks
         self._cache = cache
@@ -188,6 +189,8 @@ class ClipLoader:
             frames_TCHW = decode_frames(members)
             self._check_count(place, len(frames_TCHW))
             slot_TCHW.copy_(crop_clip(frames_TCHW, view, self.options.crop))
+        if self._is_flow and view is not None and view.flip:
+            reverse_flow(slot_TCHW)
 
     def _check_count(self, place: ClipPlace, num_frames: int) -> None:
         if num_frames != self._num_frames:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from tavlad.config import Modality
+
 
 class BadClip(ValueError):
     """A clip that cannot be used; the text names it, the reason and the remedy."""
@@ -29,12 +31,26 @@ def uniform_frame_indices(num_frames: int, num_samples: int) -> list[int]:
     return [sample * num_frames // num_samples for sample in range(num_samples)]
 
 
+def mirror(frames_TCHW: UInt8[Tensor, "*T 3 H W"], modality: Modality) -> UInt8[Tensor, "*T 3 H W"]:
+    """Left and right exchanged, as a new tensor; in pictures of flow what moved to the right then moves to the left."""
+    mirrored = frames_TCHW.flip(-1)
+    if modality == "flow":
+        reverse_flow(mirrored)
+    return mirrored
+
+
+def reverse_flow(frames_TCHW: UInt8[Tensor, "*T 3 H W"]) -> None:
+    """Exchange right and left in the first channel of pictures of flow, in place; 128 is rest."""
+    across_THW = frames_TCHW[..., 0, :, :]
+    across_THW.copy_((256 - across_THW.to(torch.int16)).clamp_(max=255))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipBatch:
     """One rank's share of a global batch. It may hold no clip, when the last batch is shorter than the world."""
 
     frames_BTCHW: UInt8[Tensor, "B T 3 H W"]
-    """RGB frames, 0-255."""
+    """RGB frames, or pictures of their motion, 0-255."""
     labels_B: Int64[Tensor, " B"]
     """Index of each clip's action in the set's label order."""
     keys: tuple[str, ...]
@@ -88,6 +104,12 @@ class Features(NamedTuple):
         return Features(self.maps_BTDHW.to(device, non_blocking=True), activation, self.kind)
 
 
+class Pooled(NamedTuple):
+    """What a head whose words do not learn makes of a batch of clips before its dropout and classifier."""
+
+    clips_BKD: Float[Tensor, "B K D"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureBatch:
     """A `ClipBatch` whose frames have been through the frozen part of the trunk."""
@@ -122,7 +144,39 @@ class FeatureBatch:
         )
 
 
-Batch = ClipBatch | FeatureBatch
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledBatch:
+    """A `ClipBatch` whose frames have been through all of a model that a stage does not train: trunk, VLAD, sum."""
+
+    pooled_BKD: Float[Tensor, "B K D"]
+    """What `TaVlad.pool` makes of the clips."""
+    labels_B: Int64[Tensor, " B"]
+    keys: tuple[str, ...]
+    num_clips_in_global_batch: int
+
+    def __post_init__(self) -> None:
+        _check_batch(len(self.pooled_BKD), self.labels_B, self.keys, self.num_clips_in_global_batch)
+
+    def inputs(self, device: torch.device) -> Pooled:
+        """What the model is called with: the clips, or a blank one where there is none."""
+        return Pooled((self.pooled_BKD if self.keys else _blank(self.pooled_BKD)).to(device))
+
+    def to(self, device: torch.device) -> "PooledBatch":
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        pooled_BKD, labels_B = (each.to(device, non_blocking=True) for each in (self.pooled_BKD, self.labels_B))
+        return replace(self, pooled_BKD=pooled_BKD, labels_B=labels_B)
+
+    def part(self, start: int, stop: int) -> "PooledBatch":
+        """Some of its clips, which may be none."""
+        return PooledBatch(
+            pooled_BKD=self.pooled_BKD[start:stop],
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
+
+
+Batch = ClipBatch | FeatureBatch | PooledBatch
 
 
 def _blank(values: Tensor) -> Tensor:

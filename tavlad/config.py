@@ -10,6 +10,9 @@ from tavlad.clip import FeatureKind
 
 Config = TypeVar("Config")
 
+Modality = Literal["rgb", "flow", "difference"]
+"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
+
 TRUNKS = (
     "resnet18",
     "resnet34",
@@ -19,8 +22,12 @@ TRUNKS = (
     "squeezenet1_1",
     "googlenet",
     "vgg16",
+    "r3d_18",
 )
 """The trunks with a name of their own; "timm:NAME" is any fitting one of timm's."""
+
+NO_ACTIVATION_MAPS = ("vgg16", "r3d_18")
+"""Those whose classifier is not one linear layer on the averaged map of a frame: no top-down attention."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -32,9 +39,11 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
+    modality: Modality = "rgb"
+    """What its frames show: must be that of the set (`tavlad pack --modality`)."""
     trunk: str = "resnet34"
     """The frame network, an ImageNet classifier with global average pooling and one linear layer: one of `TRUNKS`, or
-    "timm:NAME". vgg16 has three linear layers: no attention."""
+    "timm:NAME". vgg16 has three linear layers: no attention. r3d_18 is for temporal = "conv3d"."""
     weights: str = "imagenet"
     """Its weights: "imagenet", "none" (random, from the seed), a path or an s3:// URI."""
     attention: Literal["none", "cam", "frozen-cam"] = "cam"
@@ -44,10 +53,12 @@ class ModelConfig:
     over each frame's places; M scaled to 0..1 in each frame; or the softmax over places, its largest scaled to 1."""
     attention_temperature: float = 1.0
     """What M is divided by before the sigmoid or the softmax: above 1 is flatter. Must be 1 for "minmax"."""
-    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention"] = "gru"
+    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention", "conv3d", "tdd"] = "gru"
     """How the frames become one: the sum of their VLADs (ActionVLAD), or K GRUs with shared weights over them. Without
     VLAD: the average of the frames' own logits (TSN); training on single frames, whose probabilities are averaged in
-    testing (two-stream); or an LSTM with soft attention over places."""
+    testing (two-stream); an LSTM with soft attention over places; a trunk that convolves over time (I3D), the average
+    of its moments' logits. "tdd" is no network: the trunk's map along trajectories, Fisher vectors of `num_clusters`
+    Gaussians of `descriptor_pca` numbers, and an SVM."""
     temporal_readout: Literal["last", "mean"] = "last"
     """What is taken of the GRU's states: the last, as the paper, or their mean over time."""
     descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
@@ -96,8 +107,20 @@ class ModelConfig:
         names = ", ".join(map(repr, (*TRUNKS, "timm:NAME")))
         _require(known, f"model.trunk = {self.trunk!r}: must be one of {names}")
         _require(
-            self.trunk != "vgg16" or self.attention == "none",
-            'model.trunk = "vgg16" has no class activation map: set model.attention = "none"',
+            self.trunk not in NO_ACTIVATION_MAPS or self.attention == "none",
+            f'model.trunk = "{self.trunk}" has no class activation map: set model.attention = "none"',
+        )
+        _require(
+            (self.trunk == "r3d_18") == (self.temporal == "conv3d"),
+            f'model.trunk = "{self.trunk}" does not fit model.temporal = "{self.temporal}": "conv3d" is for the trunk '
+            '"r3d_18", and only it',
+        )
+
+    def require_network(self) -> None:
+        """ValueError for "tdd", which no stage trains."""
+        _require(
+            self.temporal != "tdd",
+            'model.temporal = "tdd" is no network to train: run it by tavlad reproduce NAME --table 2 --rows tdd-vgg16',
         )
 
     @property
@@ -106,8 +129,18 @@ class ModelConfig:
         return self.temporal in ("sum", "gru")
 
     @property
+    def can_pool(self) -> bool:
+        """Whether a clip's VLADs become one without anything that learns or is drawn: see `TaVlad.pool`."""
+        return self.temporal == "sum" and self.dropout_place != "frame"
+
+    @property
     def variant(self) -> str:
-        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"; with "-flow" or
+        "-difference" behind it for a model of motion."""
+        return self._variant if self.modality == "rgb" else f"{self._variant}-{self.modality}"
+
+    @property
+    def _variant(self) -> str:
         if not self.has_vlad:
             return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"

@@ -18,6 +18,9 @@ from tavlad.compiled import compiled
 
 _FRAMES_PER_GPU_PASS = 256
 _SAMPLE_SIDE = 64  # of the images that show how a trunk's modules are joined
+_SAMPLE_FRAMES = 8  # where these are clips
+_Convolution = nn.Conv2d | nn.Conv3d
+_Norm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
 _Half = Literal["maps", "early", "late"]
@@ -48,13 +51,14 @@ class FrozenTrunk:
         self._folded: dict[torch.dtype, _Folded] = {}
 
     @torch.no_grad()
-    def maps(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> TrunkMaps:
-        """The last maps of 0-255 images. A CPU computes `frames_per_pass` at a time, a GPU as many such passes at once
-        as fit: with the frames of one clip, its maps do not depend on the clips beside it."""
+    def maps(self, images_BCHW: UInt8[Tensor, "F 3 *image"], frames_per_pass: int) -> TrunkMaps:
+        """The last maps of 0-255 images, or clips for a trunk that joins frames. A CPU computes `frames_per_pass` at a
+        time, a GPU as many such passes at once as fit: with the frames of one clip, its maps do not depend on the clips
+        beside it."""
         return _joined(self._run("maps", images_BCHW, frames_per_pass))
 
     @torch.no_grad()
-    def early(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> Float[Tensor, "F E eh ew"]:
+    def early(self, images_BCHW: UInt8[Tensor, "F 3 *image"], frames_per_pass: int) -> Float[Tensor, "F E *early"]:
         """The map below the last block, which stage 2 does not train either; see `maps`."""
         return torch.cat(self._run("early", images_BCHW, frames_per_pass))
 
@@ -74,7 +78,7 @@ class FrozenTrunk:
         parts = _passes(inputs_BCHW, frames_per_pass)
         with torch.autocast(device, enabled=False):
             if half == "late":
-                return [run(part.to(dtype, memory_format=torch.channels_last)) for part in parts]
+                return [run(part.to(dtype, memory_format=_channels_last(self._trunk))) for part in parts]
             return [run(normalise(self._trunk, part, dtype)) for part in parts]
 
     def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
@@ -88,7 +92,7 @@ class FrozenTrunk:
         versions["late"] = versions["maps"]
         found = self._folded.get(dtype)
         if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
-            copied = fold(self._trunk).to(dtype).to(memory_format=torch.channels_last)
+            copied = fold(self._trunk).to(dtype).to(memory_format=_channels_last(self._trunk))
             found = self._folded[dtype] = _Folded(trunk=copied, versions=versions, compiled={})
         elif found.versions[half] != versions[half]:
             # In place: compiled code goes on with the same memory.
@@ -102,12 +106,13 @@ def precision_of(device: str, otherwise: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
 
 
-def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"], dtype: torch.dtype) -> Tensor:
+def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 *image"], dtype: torch.dtype) -> Tensor:
     """0-255 images as the trunk was trained on them, channels last."""
-    mean, std = trunk.mean_C.float()[:, None, None], trunk.std_C.float()[:, None, None]
+    per_channel = (-1, *[1] * (images_BCHW.ndim - 2))
+    mean, std = trunk.mean_C.float().view(per_channel), trunk.std_C.float().view(per_channel)
     exact = torch.promote_types(torch.float32, dtype)
     normalised = (images_BCHW.to(exact).div_(255) - mean.to(exact)).div_(std.to(exact))
-    return normalised.to(dtype).contiguous(memory_format=torch.channels_last)
+    return normalised.to(dtype).contiguous(memory_format=_channels_last(trunk))
 
 
 def fold(trunk: TrunkNetwork) -> TrunkNetwork:
@@ -116,11 +121,11 @@ def fold(trunk: TrunkNetwork) -> TrunkNetwork:
     Which one follows which is seen by running a blank image through it.
     """
     folded = copy.deepcopy(trunk).eval().requires_grad_(False)
-    outputs: list[tuple[Tensor, nn.Conv2d]] = []
-    pairs: dict[nn.Module, nn.Conv2d] = {}
+    outputs: list[tuple[Tensor, _Convolution]] = []
+    pairs: dict[nn.Module, _Convolution] = {}
 
     def convolved(conv: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, _Convolution)
         outputs.append((output, conv))
 
     def normalising(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -130,30 +135,36 @@ def fold(trunk: TrunkNetwork) -> TrunkNetwork:
 
     hooks = [
         module.register_forward_hook(convolved)
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, _Convolution)
         else module.register_forward_pre_hook(normalising)
         for module in folded.modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(module, _Convolution | _Norm)
     ]
     parameter = next(folded.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-        folded.maps(parameter.new_zeros(1, 3, _SAMPLE_SIDE, _SAMPLE_SIDE))
+        frames = [_SAMPLE_FRAMES] if trunk.joins_frames else []
+        folded.maps(parameter.new_zeros(1, 3, *frames, _SAMPLE_SIDE, _SAMPLE_SIDE))
     for hook in hooks:
         hook.remove()
     outputs.clear()
     names = {module: name for name, module in folded.named_modules()}
     for norm, conv in pairs.items():
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, _Norm)
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight.requires_grad_(False), fused.bias
         folded.set_submodule(names[norm], nn.Identity())
     return folded.requires_grad_(False)
 
 
+def _channels_last(trunk: TrunkNetwork) -> torch.memory_format:
+    return torch.channels_last_3d if trunk.joins_frames else torch.channels_last
+
+
 def _passes(inputs_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
     if inputs_BCHW.device.type != "cpu":
         frames_per_pass *= max(1, _FRAMES_PER_GPU_PASS // frames_per_pass)
-    return inputs_BCHW.split(frames_per_pass)
+    frames_per_input = inputs_BCHW.shape[2] if inputs_BCHW.ndim == 5 else 1
+    return inputs_BCHW.split(max(1, frames_per_pass // frames_per_input))
 
 
 def _joined(passes: list[TrunkMaps]) -> TrunkMaps:

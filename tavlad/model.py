@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
-from tavlad.clip import Features
+from tavlad.clip import Features, Pooled, mirror
 from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
 from tavlad.draws import ClipDropout, RandomFrame
@@ -43,6 +43,7 @@ class TaVlad(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
+        config.require_network()
         self.config = config
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
@@ -100,10 +101,13 @@ class TaVlad(nn.Module):
             self.attention_trunk.eval()
         return self
 
-    def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features) -> Float[Tensor, "B A"]:
-        """Logits of each action, from frames or from features of what does not learn."""
+    def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features | Pooled) -> Float[Tensor, "B A"]:
+        """Logits of each action: from frames, from the features of what does not learn, or from what `pool` made of
+        these."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave at the last step may be overwritten
+        if isinstance(inputs, Pooled):
+            return self._score_clips(inputs.clips_BKD)
         if isinstance(inputs, Features):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":
@@ -114,7 +118,7 @@ class TaVlad(nn.Module):
             frames_BTCHW = self.random_frame(inputs)
         logits_BA = self._head(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self._head(self.encode(frames_BTCHW.flip(-1)))) / 2
+            logits_BA = (logits_BA + self._head(self.encode(mirror(frames_BTCHW, self.config.modality)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
@@ -123,7 +127,8 @@ class TaVlad(nn.Module):
         if with_activation is None:
             with_activation = self.config.attention != "none"
         num_frames = frames_BTCHW.shape[1]
-        maps = self._run(self.trunk, self._frozen_trunk, frames_BTCHW.flatten(0, 1), num_frames)
+        images = frames_BTCHW.transpose(1, 2) if self.trunk.joins_frames else frames_BTCHW.flatten(0, 1)
+        maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
         activation_BTHW = None
         if with_activation and self.attention_trunk is not None:
             activation_BTHW = self._frozen_activation(frames_BTCHW)
@@ -155,8 +160,8 @@ class TaVlad(nn.Module):
         return Features(self._described(maps, num_frames), activation_BTHW)
 
     def _described(self, maps: TrunkMaps, num_frames: int) -> Float[Tensor, "B T D h w"]:
-        chosen_BDHW = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
-        return chosen_BDHW.unflatten(0, (-1, num_frames))
+        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        return chosen.transpose(1, 2) if self.trunk.joins_frames else chosen.unflatten(0, (-1, num_frames))
 
     def _frozen_activation(self, frames_BTCHW: Tensor) -> Float[Tensor, "B T h w"]:
         """Of the trunk that is kept for it."""
@@ -165,6 +170,11 @@ class TaVlad(nn.Module):
         num_frames = frames_BTCHW.shape[1]
         maps = self._run(self.attention_trunk, self._frozen_attention_trunk, frames_BTCHW.flatten(0, 1), num_frames)
         return _activation(maps, num_frames, self.attention_trunk)
+
+    @property
+    def descriptor_size(self) -> int:
+        """D, of the descriptors as VLAD gets them: behind the PCA if there is one."""
+        return self.trunk.feature_size if self.pca is None else len(self.pca.components)
 
     @property
     def described_map(self) -> Literal["pre_relu", "post_relu"]:
@@ -190,11 +200,26 @@ class TaVlad(nn.Module):
         """Logits from the trunk's maps (steps 4-7)."""
         if self.vlad is None:
             return self._score_frames(maps.descriptors_BTND)
+        return self._score_clips(self._pool(maps))
+
+    @torch.no_grad()
+    def pool(self, features: Features) -> Float[Tensor, "B K D"]:
+        """A clip's VLAD summed over time and intra-normalised, of a model whose `config.can_pool`. While the words do
+        not learn it is the same whenever the clip is seen in the same view."""
+        assert self.config.can_pool, "a GRU or a dropout of frames makes something else of a clip each time"
+        return self._pool(self.describe(features))
+
+    def _pool(self, maps: FrameMaps) -> Tensor:
+        """One intra-normalised VLAD or state a cluster, from the trunk's maps (steps 4-6)."""
+        assert self.vlad is not None
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
         vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN, self._gru_dtype())
         if self.config.dropout_place == "frame":
             vlad_BTKD = self.dropout(vlad_BTKD)
-        clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        return normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)
+
+    def _score_clips(self, clip_BKU: Tensor) -> Tensor:
+        """Logits from each clip's intra-normalised VLAD or states (step 7)."""
         if self.config.dropout_place == "cluster":
             clip_BKU = self.dropout(clip_BKU)
         if self.config.power != 1:
@@ -244,7 +269,7 @@ class TaVlad(nn.Module):
             return attention_weights(activation_BTN, self.config.attention_scale, self.config.attention_temperature)
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
-        """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
+        """The trunk's maps of 0-255 images (or clips); without gradients below the first part that learns."""
         if torch.compiler.is_compiling():  # an exported graph is the plain one
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
         if not self._learns(trunk):
@@ -263,8 +288,9 @@ class TaVlad(nn.Module):
 
 
 def _activation(maps: TrunkMaps, num_frames: int, trunk: TrunkNetwork) -> Float[Tensor, "B T h w"]:
+    classifier = trunk.classifier  # a ValueError where there are no such maps
     post_relu_BTDHW = maps.post_relu_BDHW.unflatten(0, (-1, num_frames))
-    activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
+    activation_BTN = class_activation(_places(post_relu_BTDHW), classifier)
     return activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
 
 

@@ -43,6 +43,8 @@ class TrunkNetwork(nn.Module, ABC):
 
     feature_size: int
     """D, the channels of the maps."""
+    joins_frames: bool = False
+    """Whether its images are clips, (B, 3, T, H, W), and its maps (B, D, t, h, w) of t moments."""
     has_activation_maps: bool = True
     """Whether its classifier is one linear layer on the averaged map, as top-down attention needs (Eq. 4)."""
     mean_C: Float[Tensor, "3"]

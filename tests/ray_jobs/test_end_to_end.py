@@ -32,6 +32,9 @@ def test_real_clips_end_as_a_registered_model_that_predicts_without_our_code_ins
     scored = tavlad("--json", "evaluate", "tavlad-real-split1@best", "--dataset", "real").document
     assert scored["test/top1"] == pytest.approx(document["test_top1"])
 
+    alone = tavlad("evaluate", "tavlad-real-split1@best", "--dataset", "real", "--fuse", "nothing")
+    assert (alone.code, "--fuse nothing: write it as MODEL=SET" in alone.err) == (2, True)
+
     video = str(real_videos / "videos" / "bend" / "daria_bend.avi")
     program = f"""
 import json, sys
@@ -153,6 +156,17 @@ def test_mistake_ends_as_one_sentence_and_exit_code_2(
     assert "Traceback" not in said.out + said.err
     (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert re.search(message, line), line
+
+
+def test_sweep_with_more_words_than_descriptors_is_refused_before_any_trial(
+    local_site: Site, packed_clips: dict[str, Any]
+) -> None:
+    sweeps = open_store(local_site.sweeps_uri, local_site.s3)
+    before = sweeps.list()
+    few = ["--set", "codebook.frames=1", "--set", "training.crop=64"]
+    said = tavlad("tune", "demo", "--dataset", "real", "--trials", "2", *few)
+    assert (said.code, "descriptors that" in said.err) == (2, True), said.err
+    assert sweeps.list() == before
 
 
 def test_wrong_s3_key_is_refused_without_telling_the_secret(
@@ -283,3 +297,28 @@ def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed_
         assert not store.list("split")
     assert not tavlad("--json", *command).document["was_there"]
     assert _objects(store) == whole
+
+
+def test_stream_of_motion_is_trained_fused_and_reproduced_like_that_of_frames(
+    local_site: Site, packed_clips: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
+) -> None:
+    packed = tavlad(
+        *("--json", "pack", str(real_videos / "videos"), "--name", "real-flow", "--layout", "hmdb51"),
+        *("--splits", str(real_videos / "splits"), "--num-frames", "8", "--short-side", "96", "--modality", "flow"),
+    ).document
+    assert packed["clips"] == packed_clips["clips"]
+    train = ["train", "demo", "--dataset", "real-flow", *SHORT]
+    refused = tavlad(*train)
+    assert refused.code == 2
+    assert "is a set of flow and model.modality is 'rgb': add --set model.modality=flow" in refused.err
+    document = tavlad("--json", *train, "--set", "model.modality=flow").document
+    assert document["variant"].endswith("-flow")
+    rgb, flow = "tavlad-real-split1@best", "tavlad-real-flow-split1@best"
+    alone = tavlad("--json", "evaluate", flow, "--dataset", "real-flow").document
+    assert alone["test/top1"] == pytest.approx(document["test_top1"])
+    mixed_up = tavlad("evaluate", flow, "--dataset", "real")
+    assert (mixed_up.code, "(flow)" in mixed_up.err) == (2, True)
+    fused = tavlad("--json", "evaluate", rgb, "--dataset", "real", "--fuse", f"{flow}=real-flow").document
+    assert (fused["clips"], len(fused["confusion"])) == (alone["clips"], len(ACTIONS))
+    said = tavlad("--json", "predict", flow, str(real_videos / "videos" / "bend" / "daria_bend.avi"), "--top", "3")
+    assert {row["action"] for row in said.document["predictions"]} == set(ACTIONS)

@@ -1,5 +1,6 @@
 """Learning from features is learning from frames: the same batches, the same losses, without what is frozen."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, PooledBatches, pooled_if_possible
 from ray_jobs.features import Decision, Extractor, Rates, Workload, decide
 from shards.features import FeatureSet
 from shards.read import ClipLoader, LoaderOptions
@@ -24,6 +25,8 @@ STAGES = {
     1: StageConfig(epochs=EPOCHS, lr=1e-2, features="always"),
     2: replace(STAGE2, epochs=EPOCHS, lr=1e-3, features="always"),
 }
+STAGE = STAGES[1]
+_CPU = torch.device("cpu")
 
 
 def _model(**changes: object) -> TaVlad:
@@ -146,6 +149,55 @@ def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> N
     assert sum(rank.num_computed for rank in ranks) == 12
 
 
+@pytest.mark.parametrize(("attention", "pca", "precision"), [("cam", 0, "bf16"), ("none", 3, "float32")])
+def test_losses_from_pooled_clips_are_those_from_features(
+    packed: PackedSet, tmp_path: Any, attention: str, pca: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[list[EpochReport]] = []
+    pooled = Counter[str]()
+    plain_pool = TaVlad.pool
+    for wrap in (lambda batches, _: batches, lambda batches, model: pooled_if_possible(batches, model, STAGE)):
+        model = _model(temporal="sum", attention=attention, descriptor_pca=pca)
+        if model.pca is not None:
+            torch.nn.init.orthogonal_(model.pca.components)
+        features = _features(tmp_path, precision, "float16")
+        extract = _extractor(model, features)
+        parts = [FeatureBatches(_loader(packed, part, num_views=1), features, 1, extract) for part in ("train", "test")]
+        monkeypatch.setattr(TaVlad, "pool", lambda *given: pooled.update(["clip"]) or plain_pool(*given))
+        reports.append(_train(model, precision, *[wrap(part, model) for part in parts])[0])
+    for one, other in zip(*reports, strict=True):
+        assert other.metrics["train/loss"] == pytest.approx(one.metrics["train/loss"], rel=1e-5)
+        assert other.scores is not None
+        assert one.scores is not None
+        torch.testing.assert_close(other.scores.probabilities, one.scores.probabilities, rtol=1e-4, atol=1e-5)
+    assert pooled["clip"] == 18, "each clip once, in three epochs"
+
+
+def test_what_learns_or_is_drawn_is_not_pooled(packed: PackedSet, tmp_path: Any) -> None:
+    for changes in ({"temporal": "gru"}, {"temporal": "sum", "dropout_place": "frame"}):
+        model = _model(**changes)
+        features = _features(tmp_path, "float32", "float16")
+        batches = FeatureBatches(_loader(packed, "train"), features, 1, _extractor(model, features))
+        assert pooled_if_possible(batches, model, STAGE) is batches
+    model = _model(temporal="sum")
+    assert pooled_if_possible(batches, model, replace(STAGE, vlad=True)) is batches
+    assert pooled_if_possible(batches, model, replace(STAGES[2], vlad=False)) is batches
+    assert isinstance(pooled_if_possible(batches, model, STAGE), PooledBatches)
+
+
+def test_pooled_batches_keep_no_more_than_they_may(packed: PackedSet, tmp_path: Any) -> None:
+    model = _model(temporal="sum")
+    features = _features(tmp_path, "float32", "float16")
+    batches = FeatureBatches(_loader(packed, "train", num_views=1), features, 1, _extractor(model, features))
+    clip_bytes = 3 * 512 * 4
+    one, other = PooledBatches(batches, model), PooledBatches(batches, model, max_bytes=5 * clip_bytes)
+    for epoch in range(2):
+        for first, second in zip(one.epoch(epoch), other.epoch(epoch), strict=True):
+            assert first.keys == second.keys
+            assert torch.equal(first.pooled_BKD, second.pooled_BKD)
+    assert (len(one._kept), len(other._kept)) == (12, 5)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("attention", ["cam", "frozen-cam"])
 def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: Any, stage: int, attention: str) -> None:
@@ -154,6 +206,11 @@ def test_rank_without_a_clip_still_gives_a_batch(packed: PackedSet, tmp_path: An
     *_, batch = FeatureBatches(last, features, 1, _extractor(model, features)).epoch(0)
     assert batch.keys == ()
     assert model(batch.inputs(torch.device("cpu"))).shape == (1, 3)
+    if stage == 1:
+        model = _model(temporal="sum", attention=attention)
+        *_, pooled = PooledBatches(FeatureBatches(last, features, 1, _extractor(model, features)), model).epoch(0)
+        assert pooled.keys == ()
+        assert model(pooled.inputs(_CPU)).shape == (1, 3)
 
 
 def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: Any) -> None:
