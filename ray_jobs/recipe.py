@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tavlad.config import STAGE1, STAGE2, CodebookConfig, FeatureConfig, ModelConfig, StageConfig, TrainingConfig, parse
+from tavlad.parallel import quick_precision
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -138,9 +139,18 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
     if "dataset" not in values:
         raise ValueError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
     try:
-        return parse(Recipe, values)
+        return _with_precision(parse(Recipe, values))
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
+
+
+def _with_precision(recipe: Recipe) -> Recipe:
+    """With `precision = "auto"` decided, since names of features and trainings say it: without GPUs, by this
+    machine's CPU."""
+    if recipe.training.precision != "auto":
+        return recipe
+    precision = "bf16" if recipe.resources.gpus_per_worker else quick_precision("cpu")
+    return change_recipe(recipe, {"training": {"precision": precision}})
 
 
 def change_recipe(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:

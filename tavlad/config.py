@@ -137,8 +137,9 @@ class TrainingConfig:
     """Clips of a global batch, over all workers."""
     seed: int = 0
     """Fixes the codebook, the initial weights, the order, the augmentation and the dropout."""
-    precision: Literal["bf16", "float32"] = "bf16"
-    """Of the trunk, and of the GRU in training (autocast); assignment and VLAD are computed in float32 always."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of the trunk, and of the GRU in training (autocast); assignment and VLAD are computed in float32 always. auto:
+    bf16 on a GPU and on CPUs with instructions for it; others would take two to four times as long as in float32."""
     crop: int = 224
     """Side of the square the trunk sees, in pixels."""
     augment: bool = True
