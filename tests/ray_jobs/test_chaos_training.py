@@ -40,6 +40,8 @@ _TINY = [
 ]
 _SECONDS_TO_RECOVER = 30.0
 _KILLS = 5
+_LONG = 30
+"""Epochs of stage 1 in trainings whose number of workers changes."""
 Weights = dict[str, np.ndarray]
 
 
@@ -168,7 +170,7 @@ def ends_as_undisturbed(local_site: Site, undisturbed: Undisturbed) -> Callable[
     return check
 
 
-def _assert_told_once(site: Site, name: str, history: list[dict[str, Any]]) -> None:
+def _assert_told_once(site: Site, name: str, history: list[dict[str, Any]], epochs_before: int = _EPOCHS[1]) -> None:
     """Every metric of every epoch is in MLflow once, in order; those that no clock decides are the undisturbed ones."""
     own = _result(site, name).history
     computed = ("train/loss", "train/top1", "test/top1")
@@ -179,7 +181,11 @@ def _assert_told_once(site: Site, name: str, history: list[dict[str, Any]]) -> N
     experiment = client.get_experiment_by_name("tavlad/chaos")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    for tag, stages, before in ((name, (1, 2), _EPOCHS[1]), (f"{name}/stage1", (1,), 0), (f"{name}/stage2", (2,), 0)):
+    for tag, stages, before in (
+        (name, (1, 2), epochs_before),
+        (f"{name}/stage1", (1,), 0),
+        (f"{name}/stage2", (2,), 0),
+    ):
         (run,) = [run for run in runs if run.data.tags["tavlad.run"] == tag]
         rows = [row for row in own if row["stage"] in stages]
         for metric in {metric for row in rows for metric in row} - {"stage", "epoch"}:
@@ -217,13 +223,20 @@ _CPUS = 'ray.cluster_resources()["CPU"]'
 _GROUPS = 'sum(each["state"] != "REMOVED" for each in groups.values())'
 
 
+_NODE_OF_ONE_CPU = 'next(each["NodeID"] for each in ray.nodes() if each["Alive"] and each["Resources"]["CPU"] == 1)'
+
+
 def _ask_cluster(expression: str) -> int:
-    command = [sys.executable, "-c", _ASK, f"int({expression})"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return int(float(_told_by_cluster(expression)))
+
+
+def _told_by_cluster(expression: str) -> str:
+    command = [sys.executable, "-c", _ASK, expression]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
 
 
 def _left_behind(site: Site) -> str:
-    for word in ("RayTrainWorker", "TrainController"):
+    for word in ("RayTrainWorker", "TrainController", "PreemptionWatcher", "SynchronizationActor", "ray::_Monitor"):
         if left := _ray_processes(site, word):
             return f"{word}: {left}"
     groups = _ask_cluster(_GROUPS)
@@ -523,6 +536,14 @@ def join(local_site: Site) -> "Generator[Callable[..., subprocess.Popen[bytes]]]
         _kill_node(node)
 
 
+def _announce_end(site: Site, seconds: int) -> None:
+    """Tell Ray that the joined node will be taken away, as its autoscaler does for a spot machine."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={site.ray_address}"]
+    command += [f"--node-id={_told_by_cluster(_NODE_OF_ONE_CPU)}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message=spot", f"--deadline-remaining-seconds={seconds}"]
+    subprocess.run(command, env=os.environ | site.ray_environment(), check=True, capture_output=True)
+
+
 def _kill_node(node: "subprocess.Popen[bytes]") -> None:
     if node.poll() is None:
         for each in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
@@ -530,18 +551,35 @@ def _kill_node(node: "subprocess.Popen[bytes]") -> None:
         node.wait()
 
 
+@pytest.fixture(scope="module")
+def fixed_order(local_site: Site, chaos_set: None) -> tuple[list[str], Undisturbed]:
+    """Settings for sums in a fixed order, of which any number of workers makes the same; and what one makes of them."""
+    settings = ["resources.reduce=deterministic", f"resources.virtual_ranks={_ask_cluster(_CPUS) + 2}"]
+    settings.append(f"stage1.epochs={_LONG}")
+    alone = Training(8, *settings, "resources.workers=1")
+    alone.ends_well()
+    return settings, _result(local_site, alone.name)
+
+
+def _assert_made_by_any_number(site: Site, training: Training, expected: Undisturbed) -> None:
+    found = _result(site, training.name)
+    assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+    _assert_told_once(site, training.name, expected.history, _LONG)
+    _until(lambda: not _left_behind(site), 60)
+
+
 def test_a_training_goes_on_with_fewer_workers_and_grows_again(
-    local_site: Site, chaos_set: None, join: "Callable[..., subprocess.Popen[bytes]]", show: Show
+    local_site: Site,
+    fixed_order: tuple[list[str], Undisturbed],
+    join: "Callable[..., subprocess.Popen[bytes]]",
+    show: Show,
 ) -> None:
     """Three workers, say, two after a node is killed, three again: with virtual ranks, the bits of one worker."""
+    settings, expected = fixed_order
     cpus = _ask_cluster(_CPUS)
-    fixed = ["resources.reduce=deterministic", f"resources.virtual_ranks={cpus + 2}", "stage1.epochs=30"]
-    alone = Training(8, *fixed, "resources.workers=1")
-    alone.ends_well()
     node = join()
     _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
-    longer = [f"resources.workers=1-{cpus + 1}", "resources.resize_seconds=5"]
-    training = Training(9, *fixed, *longer)
+    training = Training(9, *settings, f"resources.workers=1-{cpus + 1}", "resources.resize_seconds=5")
     _until_saved(local_site, training)
     assert training.when(f"beginning with {cpus + 1} workers") is not None, training.text
     _kill_node(node)
@@ -552,11 +590,39 @@ def test_a_training_goes_on_with_fewer_workers_and_grows_again(
     training.until(f"the cluster has room for {cpus + 1} workers")
     training.until(f"going on from checkpoint .* with {cpus + 1} workers")
     training.ends_well()
-    expected, found = _result(local_site, alone.name), _result(local_site, training.name)
-    assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
-    _assert_told_once(local_site, training.name, expected.history)
-    _until(lambda: not _left_behind(local_site), 60)
+    _assert_made_by_any_number(local_site, training, expected)
     seen = f"{cpus + 1} workers, then {cpus}, then {cpus + 1}; the bits of one worker"
     fault = f'a node of {cpus + 1} CPUs\' lost, another joins (`workers = "1-{cpus + 1}"`, deterministic)'
     seconds = f"{training.recoveries[0][0] - killed:.1f} s; to grow again {training.recoveries[1][0] - joined:.1f} s"
     show(fault, seen, _repeated(training), seconds)
+
+
+def test_a_node_that_is_to_be_taken_away_leaves_a_checkpoint(
+    local_site: Site,
+    fixed_order: tuple[list[str], Undisturbed],
+    join: "Callable[..., subprocess.Popen[bytes]]",
+    show: Show,
+) -> None:
+    """As a cloud takes a spot machine: its end is announced, then it comes."""
+    settings, expected = fixed_order
+    cpus = _ask_cluster(_CPUS)
+    node = join()
+    _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
+    training = Training(14, *settings, f"resources.workers=1-{cpus + 1}", "resources.checkpoint_steps=0")
+    _until_saved(local_site, training)
+    _announce_end(local_site, seconds=45)
+    told = time.monotonic()
+    saved = training.until("a node is about to be taken away: saved stage")
+    _until(lambda: node.poll() is not None or time.monotonic() > told + 45, 60)
+    _kill_node(node)
+    training.until(f"going on from checkpoint .* with {cpus} workers")
+    training.ends_well()
+    assert "restart 1 of" not in training.text, "an announced end is not counted"
+    _assert_made_by_any_number(local_site, training, expected)
+    seen = f"a checkpoint {saved - told:.1f} s later; went on with {cpus} workers; not counted as a failure"
+    show(
+        "a node of which Ray is told that it will be taken away",
+        seen,
+        _repeated(training),
+        f"{training.recoveries[0][0] - told:.1f} s",
+    )
