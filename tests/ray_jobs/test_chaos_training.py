@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -20,13 +21,16 @@ import numpy as np
 import psutil
 import pytest
 from mlflow import MlflowClient
-from safetensors.numpy import load
+from safetensors.numpy import load_file
 
 from infra import local, process
 from infra.local_ray import PATIENCE
 from infra.site import Site
+from ray_jobs.checkpoints import Checkpoints
+from ray_jobs.worker import HISTORY
 from shards.render import render_videos
 from shards.store import Store, open_store
+from tavlad.checkpoint import WEIGHTS
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
@@ -133,19 +137,17 @@ def _runs(site: Site) -> Store:
     return open_store(site.runs_uri, site.s3)
 
 
+def _checkpoints(site: Site, name: str) -> Checkpoints:
+    return Checkpoints(_runs(site).child(f"{name}/checkpoints"))
+
+
 def _result(site: Site, name: str) -> Undisturbed:
-    store = _runs(site)
-    checkpoint = max(path for path in store.list(f"{name}/checkpoints/") if path.endswith("complete.json"))
-    folder = checkpoint.rpartition("/")[0]
-    assert folder.endswith(f"stage2-epoch{_EPOCHS[2]:05d}"), folder
-    names = json.loads(store.read(checkpoint))
-
-    def read(file: str) -> bytes:
-        (place,) = [each for each in names if each.endswith(f"/{file}")]
-        return store.read(f"{folder}/{place}")
-
-    history = json.loads(read("history.json"))
-    return Undisturbed(load(read("weights.safetensors")), history)
+    checkpoints = _checkpoints(site, name)
+    assert checkpoints.names()[-1] == f"stage2-epoch{_EPOCHS[2]:05d}"
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.fetch(checkpoints.names()[-1], Path(folder))
+        history = json.loads((Path(folder) / HISTORY).read_text())
+        return Undisturbed(load_file(Path(folder) / WEIGHTS), history)
 
 
 @pytest.fixture(scope="module")
@@ -246,18 +248,11 @@ def _left_behind(site: Site) -> str:
 def _until_saved(site: Site, training: Training) -> None:
     """The training runs, and would not begin anew."""
     training.until("beginning with")
-    _until(
-        lambda: any(
-            path.endswith("complete.json")
-            for path in _runs(site).list(f"{training.name}/checkpoints/stage1-epoch00001")
-        ),
-        training=training,
-    )
+    _until(lambda: _newest(site, training) >= "stage1-epoch00001", training=training)
 
 
 def _newest(site: Site, training: Training) -> str:
-    paths = _runs(site).list(f"{training.name}/checkpoints/")
-    return max((path.split("/")[-2] for path in paths if path.endswith("/complete.json")), default="")
+    return max(_checkpoints(site, training.name).names(), default="")
 
 
 @pytest.fixture
