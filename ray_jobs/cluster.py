@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -14,7 +13,8 @@ NODE_OUT_OF_MEMORY = (
     "a node ran out of memory, and Ray ended a process of this: lower training.batch_size or "
     "resources.prefetch_batches, reserve memory for a worker (resources.memory_per_worker, GB), or use larger nodes"
 )
-_REFUSED = "DefaultCPUAllocator"  # in the message of a torch that is refused memory of the machine
+# In the messages of a torch that is refused memory; verbs that need no torch import this module too.
+_REFUSED_BY_GPU, _REFUSED_BY_MACHINE = "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
 
 
 def connect(site: Site) -> None:
@@ -71,8 +71,8 @@ def result_of(reference: Any) -> Any:
 
 def lack_of_memory(error: BaseException) -> str | None:
     """What to do about an error that means that a process was refused memory; None if it means something else."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, RuntimeError) and _REFUSED_BY_GPU in str(error):
         return "the GPU's memory is too small for this: lower training.batch_size, or use more workers"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _REFUSED in str(error)):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _REFUSED_BY_MACHINE in str(error)):
         return "the machine's memory is too small for this: lower training.batch_size or the model's sizes"
     return None
