@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check audit format install \
-	lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check audit format install lock \
+	clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18

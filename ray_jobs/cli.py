@@ -491,6 +491,8 @@ def reproduce(
     `tavlad reproduce hmdb51 ucf101 --table 2`
 
     `tavlad reproduce mine --subset 0.1 --epochs-scale 0.1`  (a rehearsal, and the report says so)
+
+    `tavlad reproduce mine --table 2 --set ta-vlad:training.batch_size=16`  (changes one row)
     """
     site, console = _site(), _console()
     from ray_jobs.reproduce import ReproduceOptions

@@ -176,7 +176,7 @@ class PooledBatches:
 
 def pooled_if_possible(batches: FeatureBatches, model: TaVlad, stage: StageConfig) -> FeatureBatches | PooledBatches:
     """The quickest batches of the same clips for a stage with a frozen trunk."""
-    is_pooled = model.config.can_pool and not (stage.vlad or stage.trunk_learns)
+    is_pooled = model.config.can_pool and not stage.vlad and stage.feature_kind == "last"
     return PooledBatches(batches, model) if is_pooled else batches
 
 

@@ -86,23 +86,18 @@ def fill_features(
 
 def may_use_features(recipe: Recipe, stage: StageConfig, model: TaVlad) -> bool:
     """Whether it is a question at all. A recipe that insists on what cannot be is refused by `feature_set`."""
-    if stage.features == "never" or recipe.training.views != "corner-scale":
+    if stage.features == "never" or recipe.training.views != "corner-scale" or model.trunk.joins_frames:
         return False
-    if stage.features == "always":
-        return True
-    return model.trunk.has_early_map if stage.feature_kind == "early" else not model.trunk.joins_frames
+    return stage.features == "always" or stage.feature_kind == "last" or model.trunk.has_early_map
 
 
 def feature_set(
     site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str, kind: FeatureKind
 ) -> FeatureSet:
     """The feature set of a data set, a trunk, which of its maps, and the way it is run; empty until filled. ValueError
-    for a trunk that has no such map, and for one that joins frames: these are kept of frames alone."""
+    for a trunk that has no such map, or that joins frames: features are kept of frames alone."""
     if model.trunk.joins_frames:
-        raise ValueError(
-            f'features of model.trunk = "{recipe.model.trunk}" are not kept, since it joins frames: set the stage\'s '
-            'features = "never"'
-        )
+        raise ValueError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
     training = recipe.training
     if kind == "early" and not model.trunk.has_early_map:
         raise ValueError(

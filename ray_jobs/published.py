@@ -18,7 +18,7 @@ class PublishedRow:
 
     name: str
     recipe: str | None
-    """Ours that runs it; None for a row that is quoted only, or fused."""
+    """Ours that runs it; None for a row that is fused."""
     backbone: str
     ours: str
     """Our trunk and what differs, where it is not the row's own; empty otherwise."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from infra.site import Site
 from ray_jobs.console import Console
-from ray_jobs.plan import TrainingPlan, locate_set, plan_run
+from ray_jobs.plan import TrainingPlan, locate_set, plan_run, plan_training
 from ray_jobs.published import PublishedRow, published_table
 from ray_jobs.recipe import Recipe, change_recipe, load_recipe
 from ray_jobs.register import RegisteredRun, finished_scores
@@ -140,7 +140,6 @@ def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[s
         table=options.table,
         datasets=datasets,
         entries=entries,
-        quoted=[row for row in published_table(options.table) if row.recipe is None and not row.fuses],
         departures=words,
         tracking_uri=site.mlflow_uri,
     )
@@ -174,7 +173,7 @@ def _fused(site: Site, entry: Entry, options: ReproduceOptions) -> Outcome:
     plans: list[TrainingPlan] = []
     for name in entry.row.fuses:
         part = dataclasses.replace(entry, row=rows[name])
-        plan, _ = plan_run(site, _recipe(name, part.trained_on, options), entry.split)
+        plan, _ = plan_training(site, _recipe(name, part.trained_on, options), entry.split)
         if plan.last_checkpoint not in plan.checkpoints(site).names():
             raise ValueError(f"{name}, which it fuses, is not done")
         plans.append(plan)

@@ -67,8 +67,6 @@ class Reproduction:
     table: Literal[1, 2]
     datasets: list[str]
     entries: list[Entry]
-    quoted: list[PublishedRow]
-    """Rows of the paper that we only quote."""
     departures: list[str]
     """In words, what was not run as in the paper."""
     tracking_uri: str
@@ -188,9 +186,7 @@ def _training_row(entry: Entry) -> list[str]:
         "–" if difference is None else f"{100 * difference:+.1f}",
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
-        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model or "run")}</a>'
-        if outcome.run_url
-        else "–",
+        _link(outcome),
     ]
 
 
@@ -210,20 +206,21 @@ def _average_table(report: Reproduction) -> str:
         ]
         for row, dataset, ours, paper in _averages(report)
     ]
-    for row in report.quoted:
-        rows += [
-            [_name(row), html.escape(row.backbone), dataset, "not run", percent(paper / 100), "–"]
-            for dataset, paper in row.accuracy.items()
-        ]
     return table(["method", "the paper's backbone", "set", "ours", "paper", "difference"], rows, {3, 4, 5})
 
 
 def _curves(entry: Entry) -> str:
-    if entry.outcome is None or not entry.outcome.epochs:
+    if entry.outcome is None or not entry.outcome.history:
         return ""
     picture = image(figures.png(figures.training_curves(entry.outcome.history)), "png", "training curves")
     title = f"<b>{html.escape(entry.row.name)}</b>, {html.escape(entry.dataset)}, split {entry.split}"
     return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+
+
+def _link(outcome: Outcome) -> str:
+    """To its run; a fusion has none."""
+    name = html.escape(outcome.model or "run")
+    return f'<a href="{html.escape(outcome.run_url)}">{name}</a>' if outcome.run_url else "–"
 
 
 def _duration(seconds: float) -> str:

@@ -78,7 +78,7 @@ class FrozenTrunk:
         parts = _passes(inputs_BCHW, frames_per_pass)
         with torch.autocast(device, enabled=False):
             if half == "late":
-                return [run(part.to(dtype, memory_format=torch.channels_last)) for part in parts]
+                return [run(part.to(dtype, memory_format=_channels_last(self._trunk))) for part in parts]
             return [run(normalise(self._trunk, part, dtype)) for part in parts]
 
     def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
@@ -163,8 +163,8 @@ def _channels_last(trunk: TrunkNetwork) -> torch.memory_format:
 def _passes(inputs_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
     if inputs_BCHW.device.type != "cpu":
         frames_per_pass *= max(1, _FRAMES_PER_GPU_PASS // frames_per_pass)
-    frames_per_image = inputs_BCHW.shape[2] if inputs_BCHW.ndim == 5 else 1
-    return inputs_BCHW.split(max(1, frames_per_pass // frames_per_image))
+    frames_per_input = inputs_BCHW.shape[2] if inputs_BCHW.ndim == 5 else 1
+    return inputs_BCHW.split(max(1, frames_per_pass // frames_per_input))
 
 
 def _joined(passes: list[TrunkMaps]) -> TrunkMaps:

@@ -160,8 +160,8 @@ class TaVlad(nn.Module):
         return Features(self._described(maps, num_frames), activation_BTHW)
 
     def _described(self, maps: TrunkMaps, num_frames: int) -> Float[Tensor, "B T D h w"]:
-        chosen_BDHW = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
-        return chosen_BDHW.transpose(1, 2) if self.trunk.joins_frames else chosen_BDHW.unflatten(0, (-1, num_frames))
+        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        return chosen.transpose(1, 2) if self.trunk.joins_frames else chosen.unflatten(0, (-1, num_frames))
 
     def _frozen_activation(self, frames_BTCHW: Tensor) -> Float[Tensor, "B T h w"]:
         """Of the trunk that is kept for it."""
@@ -288,7 +288,7 @@ class TaVlad(nn.Module):
 
 
 def _activation(maps: TrunkMaps, num_frames: int, trunk: TrunkNetwork) -> Float[Tensor, "B T h w"]:
-    classifier = trunk.classifier  # a ValueError for a trunk without such maps
+    classifier = trunk.classifier  # a ValueError where there are no such maps
     post_relu_BTDHW = maps.post_relu_BDHW.unflatten(0, (-1, num_frames))
     activation_BTN = class_activation(_places(post_relu_BTDHW), classifier)
     return activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))

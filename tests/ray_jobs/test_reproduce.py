@@ -45,7 +45,6 @@ def _report(table: Any, departures: list[str], dataset: str = "hmdb51", **given:
         table=table,
         datasets=[dataset],
         entries=entries,
-        quoted=[row for row in published_table(table) if row.recipe is None],
         departures=departures,
         tracking_uri="http://127.0.0.1:5000",
     )
@@ -122,12 +121,13 @@ def test_rehearsal_is_told_in_words_and_a_failure_with_its_reason(tmp_path: Path
     assert "Run in full" not in page.text
 
 
-def test_table_2_averages_three_splits_and_quotes_the_rest(tmp_path: Path) -> None:
+def test_table_2_averages_three_splits_and_says_what_each_row_is(tmp_path: Path) -> None:
     document = write_reproduction(tmp_path, _report(2, [], outcome=OUTCOME))
     assert [(row["row"], row["paper_top1"]) for row in document["averages"]] == [("TA-VLAD", pytest.approx(0.541))]
     assert document["averages"][0]["top1"] == pytest.approx(0.55)
     text = Page((tmp_path / "report.html").read_text()).text
-    assert "I3DInception V1hmdb51not run49.8" in text.replace("\xa0", "")
+    assert "I3Dours: torchvision's r3d_18 inflated from ResNet-18" in text
+    assert "TDDours: spatial network alone" in text
 
 
 def test_set_that_is_not_the_papers_has_no_paper_column(tmp_path: Path) -> None:
@@ -146,6 +146,15 @@ def test_scaled_epochs_keep_the_schedule_in_proportion() -> None:
         ReproduceOptions(table=1, rows=("nothing",))
 
 
+def test_change_of_one_row_is_its_own_and_comes_after_those_of_all() -> None:
+    changes = ("conv3d-resnet18:model.trunk=r3d_18", "model.trunk=timm:resnet10t", "training.crop=64")
+    options = ReproduceOptions(table=2, changes=changes)
+    assert options.changes_of("conv3d-resnet18") == [*changes[1:], "model.trunk=r3d_18"]
+    assert options.changes_of("ta-vlad") == list(changes[1:])
+    with pytest.raises(ValueError, match=r"--set i3d: table 2 has the rows ta-vlad, .*conv3d-resnet18"):
+        ReproduceOptions(table=2, changes=("i3d:model.trunk=r3d_18",))
+
+
 def test_departures_are_what_changes_the_numbers() -> None:
     class _Site:
         mlflow_uri = ""
@@ -159,6 +168,7 @@ def test_departures_are_what_changes_the_numbers() -> None:
         "epochs multiplied by 0.1",
         "training.crop=64 in every recipe",
     ]
+    assert departures(changes=("ta-vlad:training.crop=64",)) == ["training.crop=64 in ta-vlad"]
 
 
 def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
