@@ -62,7 +62,7 @@ def train(site: Site, recipe: Recipe, split: int, console: Console, *, register:
 
 def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console) -> None:
     codebook = make_codebook(site, plan.recipe, plan.split, console)
-    precision = plan.recipe.training.precision
+    precision = plan.recipe.training.scoring_precision
     assert precision != "auto", "load_recipe decides"
     card = ModelCard(
         model=plan.recipe.model,

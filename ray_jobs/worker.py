@@ -115,7 +115,10 @@ class _Trainer:
                 on_state=lambda state: self._keep_state(model, state),
             )
             state = resume if resume is not None and resume.stage == number else None
-            fit(model, plan, *batches[number], listeners, state, self._world)
+            # Frames, whatever it learned from: features are kept in the precision of training.
+            is_result = number == stages[-1][0] and plan.training.scoring_precision != plan.training.precision
+            scored = test if is_result else None
+            fit(model, plan, *batches[number], listeners, state, self._world, scored=scored)
 
     def _batches(
         self, model: TaVlad, index: Index, number: Literal[1, 2], train: ClipLoader, test: ClipLoader

@@ -35,7 +35,7 @@ class ModelCard:
     crop: int
     """Side of the square the trunk sees, in pixels."""
     precision: Literal["bf16", "float32"]
-    """Of the trunk and the GRU, in training and in evaluation."""
+    """Of the trunk, in evaluation and in prediction."""
     format: int = FORMAT
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: data set fingerprint, split, run, trunk weights; not needed to load it."""

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from tavlad.config import Modality
+
+Modality = Literal["rgb", "flow", "difference"]
+"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
 
 
 class BadClip(ValueError):

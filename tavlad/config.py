@@ -6,12 +6,9 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from tavlad.clip import FeatureKind
+from tavlad.clip import FeatureKind, Modality
 
 Config = TypeVar("Config")
-
-Modality = Literal["rgb", "flow", "difference"]
-"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
 
 TRUNKS = (
     "resnet18",
@@ -175,6 +172,9 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Of the trunk, and of the GRU in training (autocast); assignment and VLAD are computed in float32 always. auto:
     bf16 on a GPU and on CPUs with instructions for it; others would take two to four times as long as in float32."""
+    scoring: Literal["float32", "training"] = "float32"
+    """What the trained model is scored in: after the last epoch, by `evaluate` and by `predict`. In bf16 the sharp
+    assignment names another action for some clips (docs/LOG.md); "training": in `precision`, which is quicker."""
     crop: int = 224
     """Side of the square the trunk sees, in pixels."""
     augment: bool = True
@@ -216,6 +216,11 @@ class TrainingConfig:
             f"training.label_smoothing = {self.label_smoothing}: must be at least 0 and below 1",
         )
         _require(self.weight_decay >= 0, f"training.weight_decay = {self.weight_decay}: must not be negative")
+
+    @property
+    def scoring_precision(self) -> Literal["auto", "bf16", "float32"]:
+        """`scoring` as a precision."""
+        return "float32" if self.scoring == "float32" else self.precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

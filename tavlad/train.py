@@ -87,8 +87,13 @@ def fit(
     listeners: Listeners,
     resume: TrainState | None = None,
     world: World = ALONE,
+    *,
+    scored: Batches | None = None,
 ) -> None:
     """Train the model in place through one stage, from the step that `resume` names.
+
+    Epochs are tested on `test`, in the precision of training; the last one on `scored` if it is given, in that of
+    `training.scoring`.
 
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
     batch, whatever the number of ranks and however unevenly they share it; the model's draws are a matter of the clip's
@@ -108,8 +113,12 @@ def fit(
     for epoch in range(resume.next_epoch, stage.epochs):
         metrics = epochs.run(epoch, resume if epoch == resume.next_epoch else None)
         scores = None
-        if test is not None and (epoch + 1 == stage.epochs or (epoch + 1) % plan.training.evaluate_every == 0):
-            scores = evaluate(model, test.epoch(0), plan.training.precision, world)
+        is_last = epoch + 1 == stage.epochs
+        if scored is not None and is_last:
+            scores = evaluate(model, scored.epoch(0), training.scoring_precision, world)
+        elif test is not None and (is_last or (epoch + 1) % training.evaluate_every == 0):
+            scores = evaluate(model, test.epoch(0), training.precision, world)
+        if scores is not None:
             metrics |= scores.summary("test")
         report = EpochReport(
             stage=number,

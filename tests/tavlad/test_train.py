@@ -15,6 +15,7 @@ from torch import Tensor
 from tavlad.checkpoint import TrainState, load_state, load_weights_into, save_checkpoint
 from tavlad.clip import ClipBatch
 from tavlad.config import StageConfig
+from tavlad.evaluate import evaluate
 from tavlad.model import TaVlad
 from tavlad.optim import choose_trained, learning_rate
 from tavlad.parallel import World
@@ -65,6 +66,21 @@ def test_downsample_convolution_can_be_left_out_of_stage_2() -> None:
     choose_trained(model, stage)
     assert not model.trunk.get_parameter("layer4.0.downsample.0.weight").requires_grad
     assert model.trunk.get_parameter("layer4.0.conv1.weight").requires_grad
+
+
+@pytest.mark.parametrize("scoring", ["float32", "training"])
+def test_result_is_scored_in_float32_whatever_training_is_computed_in(scoring: Any) -> None:
+    """Epochs before the last are tested as they are trained, on whatever they are given."""
+    training = dataclasses.replace(TRAINING, precision="bf16", scoring=scoring)
+    model, reports = build_model(), list[EpochReport]()
+    plan, listeners = StagePlan(number=1, stage=STAGE1, training=training), Listeners(on_epoch=reports.append)
+    fit(model, plan, TinyBatches(), TinyBatches(6), listeners, scored=TinyBatches(9))
+    assert [len(report.scores.keys) for report in reports if report.scores is not None] == [6, 9]
+    exact, quick = (evaluate(model, TinyBatches(9).epoch(0), each).probabilities for each in ("float32", "bf16"))
+    assert abs(exact - quick).max() > 1e-6, "it makes a difference"
+    assert reports[-1].scores is not None
+    expected = exact if scoring == "float32" else quick
+    assert (reports[-1].scores.probabilities == expected).all()
 
 
 def test_learning_rate_halves_after_every_five_epochs() -> None:
