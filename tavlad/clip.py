@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-
 Modality = Literal["rgb", "flow", "difference"]
 """What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
 
