@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 
 _FLOOR = 1e-4  # added to the variances, of descriptors scaled to a mean square of 1
 
@@ -49,7 +49,7 @@ def learn_mixture(x_ND: Float32[np.ndarray, "N D"], size: int, num_components: i
     )
 
 
-def _single(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+def _single(values: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
     return values.astype(np.float32)
 
 
