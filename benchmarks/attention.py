@@ -87,7 +87,7 @@ class _Rows:
                     frames_BTCHW=self._inputs[rows], labels_B=labels, keys=keys, num_clips_in_global_batch=len(rows)
                 )
             else:
-                maps, activation = self._inputs
+                maps, activation, _ = self._inputs
                 assert activation is not None
                 yield FeatureBatch(
                     features=Features(maps[rows], activation[rows]),

@@ -38,7 +38,7 @@ def test_only_what_moves_is_followed() -> None:
     frames[:, :, SIDE // 2 :] = _moving(16, still=True)[:, :, SIDE // 2 :]
     columns = trajectories(frames)[:, 0, 2]
     assert len(columns) > 50
-    assert (columns < 0.55).all(), "but for points beside the border, which the flow smooths over"
+    assert (columns < 0.56).all(), "but for points beside the border, which the flow smooths over"
 
 
 def test_still_clip_and_short_clip_have_trajectories_too() -> None:
