@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shards.batch_memory import BatchMemory
 from shards.clip_bytes import decode_jpeg, read_tar_members
+from shards.clip_view import decode_window
 from shards.disk_cache import DiskCache
 from shards.index import ClipPlace, Index
 from shards.jpeg_crop import JpegCrop, JpegHeader
@@ -33,11 +34,9 @@ from shards.transforms import (
     TsnView,
     View,
     ViewPolicy,
-    Window,
     crop_clip,
     draw_tsn_view,
     draw_view,
-    resize_into,
     window_of,
 )
 from tavlad.clip import BadClip, ClipBatch
@@ -238,25 +237,19 @@ def decode_frames(members: bytes) -> UInt8[Tensor, "T 3 H W"]:
 
 def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_TCHW: Tensor) -> None:
     """The view of each frame into its slot; only the part of a JPEG that shows it is decoded, if the JPEG has parts."""
-    size = slot_TCHW.shape[-1]
-    crop: JpegCrop | None = None
-    window = Window(0, 0, 0, 0, False)
-    for jpeg, slot_1CHW in zip(jpegs, slot_TCHW.split(1), strict=True):
-        if crop is None or not crop.header.begins(jpeg):  # frames of a clip have the same header
-            header = JpegHeader.of(jpeg)
-            window = window_of(view, header.height, header.width, size)
-            crop = JpegCrop(header, *window[:4])
-            window = window._replace(top=window.top - crop.top, left=window.left - crop.left)
-        image_CHW = decode_jpeg(crop.crop(jpeg))
-        # One operator cuts the window out: each lets go of the interpreter and waits for it again. Of the decoder's
-        # layout, channels last, which PyTorch resizes three times as fast and would not see in image_CHW[None].
-        of_colour, of_row, of_pixel = image_CHW.stride()
-        window_1CHW = image_CHW.as_strided(
-            (1, 3, window.height, window.width),
-            (image_CHW.numel(), of_colour, of_row, of_pixel),
-            window.top * of_row + window.left * of_pixel,
-        )
-        resize_into(window_1CHW, window.flip, slot_1CHW)
+    start = 0
+    while start < len(jpegs):
+        header = JpegHeader.of(jpegs[start])
+        stop = start + 1
+        while stop < len(jpegs) and header.begins(jpegs[stop]):  # as all frames of a clip do
+            stop += 1
+        window = window_of(view, header.height, header.width, slot_TCHW.shape[-1])
+        crop = JpegCrop(header, *window[:4])
+        data, lengths = crop.crop(jpegs[start:stop])
+        top, left = window.top - crop.top, window.left - crop.left
+        decode = decode_window()
+        decode(torch.frombuffer(data, dtype=torch.uint8), lengths, top, left, *window[2:], slot_TCHW[start:stop])
+        start = stop
 
 
 def _fetch(store: Store, place: ClipPlace) -> bytes:
