@@ -26,6 +26,7 @@ from shards.clip_view import decode_window
 from shards.disk_cache import DiskCache
 from shards.index import ClipPlace, Index
 from shards.jpeg_crop import JpegCrop, JpegHeader
+from shards.neighbours import Neighbours
 from shards.order import batch_slice, epoch_order, num_steps
 from shards.packed_video import decode_packed_video
 from shards.store import MissingObject, Store, StoreError
@@ -123,6 +124,7 @@ class ClipLoader:
         """
         order_N = self._order(epoch)
         steps = iter(range(start_step, self.num_steps))
+        neighbours = self._neighbours(epoch, start_step)
         waiting: deque[tuple[ClipBatch, list[Callable[[], None]]]] = deque()
         num_threads = self.options.num_threads
         # Fetching waits for the network, decoding for a processor: of each there are as many as it takes.
@@ -135,7 +137,7 @@ class ClipLoader:
                     reads: list[Callable[[], None]] = []
                     for row, slot in zip(rows_B, batch.frames_BTCHW, strict=True):
                         place = self.clips.place(int(row))
-                        members = fetchers.start(partial(self._members, place))
+                        members = fetchers.start(partial(self._members, place, int(row), neighbours))
                         view = self._view(place.key, epoch)
                         reads.append(workers.start(partial(self._fill, place, view, slot, members)))
                     waiting.append((batch, reads))
@@ -161,14 +163,27 @@ class ClipLoader:
         self._fill(place, view, slot_TCHW, partial(self._members, place))
         return slot_TCHW
 
-    def _members(self, place: ClipPlace) -> bytes:
+    def _members(self, place: ClipPlace, row: int = -1, neighbours: Neighbours | None = None) -> bytes:
         """The clip's bytes, from this node's disk or by a ranged read, with the digest they were packed with."""
-        members = self._cache.get(place.sha256) if self._cache else None
+        if self._cache is None:
+            return _fetch(self._store, place)
+        members = self._cache.get(place.sha256)
+        if members is None and neighbours is not None:
+            members = neighbours.fetch(row, place)
+            if members is not None and not _is_packed(members, place):
+                members = None
         if members is None:
             members = _fetch(self._store, place)
-            if self._cache:
-                self._cache.put(place.sha256, members)
+            self._cache.put(place.sha256, members)
         return members
+
+    def _neighbours(self, epoch: int, start_step: int) -> Neighbours | None:
+        if self._cache is None:
+            return None
+        wanted_N = np.zeros(len(self.clips), dtype=np.bool_)
+        for _, rows_B in self.rows(epoch, start_step):
+            wanted_N[rows_B] = True
+        return Neighbours(self.clips, self._store, self._cache, wanted_N)
 
     def _fill(
         self, place: ClipPlace, view: View | TsnView | None, slot_TCHW: Tensor, fetched: Callable[[], bytes]
@@ -262,9 +277,13 @@ def _fetch(store: Store, place: ClipPlace) -> bytes:
         if type(error) is not StoreError:
             raise
         raise BadClip(f"{_named(store, place)} cannot be read ({error}): {_REMEDY}") from error
-    if hashlib.sha256(members).hexdigest() != place.sha256:
+    if not _is_packed(members, place):
         raise BadClip(f"{_named(store, place)} is not what was packed (its digest differs): {_REMEDY}")
     return members
+
+
+def _is_packed(members: bytes, place: ClipPlace) -> bool:
+    return hashlib.sha256(members).hexdigest() == place.sha256
 
 
 _REMEDY = "run tavlad verify to see what else is damaged, and pack the set again with tavlad pack --repair"
