@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos long fuzz rehearsal fresh-model screenshots check format install lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check audit format install lock \
+	clean help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(INSTALLED)  ## render videos (or VIDEOS=DIR), pack, train, register, predict, report
 	@$(BIN)/tavlad demo $(if $(VIDEOS),--videos "$(VIDEOS)")
@@ -30,6 +31,9 @@ fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
 rehearsal: $(INSTALLED)  ## a site of four hosts on this machine, one of which dies in mid-training; as root
 	@$(BIN)/python -m tests.rehearsal
 
+rehearse-hmdb51: $(INSTALLED)  ## HMDB51's whole protocol on 6,766 stand-in videos with the official split files
+	@$(BIN)/python -m tests.rehearse_hmdb51
+
 fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
 	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py
 
@@ -41,6 +45,11 @@ check: $(INSTALLED)  ## lint, format, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+audit: $(INSTALLED)  ## known vulnerabilities of all that is pinned; says so where the advisories cannot be reached
+	@test -x $(VENV)/audit/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)/audit
+	@$(BIN)/uv pip sync --quiet --require-hashes --python $(VENV)/audit/bin/python requirements-audit.lock
+	@$(BIN)/python -m tests.audit $(VENV)/audit/bin/pip-audit requirements.lock requirements-bootstrap.lock requirements-audit.lock
 
 format: $(INSTALLED)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -59,6 +68,8 @@ $(INSTALLED): requirements.lock requirements-bootstrap.lock pyproject.toml
 lock:  ## pin every dependency again, newest first, with hashes and without hosts
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --group dev \
 		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements.lock
+	$(BIN)/uv pip compile --group pyproject.toml:audit --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --quiet --upgrade --output-file requirements-audit.lock
 
 clean:  ## remove .venv; data under .tavlad stays
 	rm -rf $(VENV)

@@ -2,18 +2,19 @@
 
 python benchmarks/sweep.py ../shared/data/weizmann [--epochs 10] [--seeds 0 1 2] [--trunk resnet34] [--crop 224]
 
-Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. Each sweep is `tavlad tune` on a site of its own, so
-its time includes codebooks and filling. The 27 runs from frames are not run: their seconds are computed from an epoch
-of the smallest and one of the largest model, each measured here after one that warms up, through the same loop, in one
-process with all cores; between them by the GRU's multiplications, K U (512 + U). All are wall seconds of one machine,
-one after the other: a machine that others use meanwhile distorts the ratios.
+Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. A seed has a site of its own, new: the grid's time is
+`tavlad tune`'s from its start to its end, codebooks and filling included. The sweep with ASHA comes after it and finds
+these; what they took the grid is added to its time. The 27 runs from frames are not run: their seconds are computed
+from an epoch of the smallest model (all 27 are taken to be as quick), measured here after some steps that warm up,
+through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a
+machine that others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what ASHA spends
+and chooses.
 """
 
 import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,21 +37,19 @@ from shards.held_out import held_out
 from shards.read import ClipLoader
 from tavlad.train import Listeners, StagePlan, fit
 changes = json.loads(sys.argv[1])
-site, seconds = load_site(), {}
-for clusters, width in json.loads(sys.argv[2]):
-    size = [f"model.num_clusters={clusters}", f"model.gru_width={width}"]
-    recipe = load_recipe("ta-vlad", [*changes, *size, "stage1.epochs=2", "training.evaluate_every=1"], "weizmann")
-    store, index = open_set(site, "weizmann", recipe)
-    seen = held_out(index, 1, 0.25, recipe.training.seed)
-    model, _ = build_untrained(site, recipe, len(index.actions))
-    train, test = (
-        ClipLoader(seen, store, 1, part, trial_loading(recipe, training=part == "train")) for part in ("train", "test")
-    )
-    moments = [time.perf_counter()]
-    plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
-    fit(model, plan, train, test, Listeners(on_epoch=lambda report: moments.append(time.perf_counter())))
-    seconds[f"{clusters} {width}"] = moments[2] - moments[1]  # the first epoch warms up
-print(json.dumps(seconds))
+site = load_site()
+recipe = load_recipe("ta-vlad", [*changes, "stage1.epochs=1"], "weizmann")
+store, index = open_set(site, "weizmann", recipe)
+seen = held_out(index, 1, 0.25, recipe.training.seed)
+model, _ = build_untrained(site, recipe, len(index.actions))
+train, test = (
+    ClipLoader(seen, store, 1, part, trial_loading(recipe, training=part == "train")) for part in ("train", "test")
+)
+plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
+fit(model, plan, test, None, Listeners(on_epoch=lambda report: None))  # warms up
+started = time.perf_counter()
+fit(model, plan, train, test, Listeners(on_epoch=lambda report: None))
+print(json.dumps(time.perf_counter() - started))
 """
 
 
@@ -69,12 +68,30 @@ def _pack(home: Path, data: Path, num_frames: int) -> None:
     _tavlad(home, "pack", str(data / "videos"), "--name", "weizmann", "--layout", "hmdb51", *where)
 
 
-def _sweep(home: Path, space: Path, scheduler: str, changes: list[str]) -> tuple[float, dict[str, Any]]:
+def _sweep(home: Path, space: Path, scheduler: str, changes: list[str]) -> dict[str, Any]:
+    """The sweep's document, its seconds, and of these the ones before its first trial."""
     sets = [part for change in changes for part in ("--set", change)]
     how = ("--search", "grid", "--scheduler", scheduler, "--finalists", "0", "--space", str(space))
-    started = time.perf_counter()
-    document = _tavlad(home, "tune", "ta-vlad", "--dataset", "weizmann", "--split", "1", *how, *sets)
-    return time.perf_counter() - started, document
+    command = ("--json", "tune", "ta-vlad", "--dataset", "weizmann", "--split", "1", *how, *sets)
+    environment = os.environ | {"TAVLAD_HOME": str(home)}
+    started, prepared = time.perf_counter(), 0.0
+    with subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stderr is not None
+        for line in driver.stderr:
+            print(f"{time.perf_counter() - started:7.1f} {line}", end="", file=sys.stderr)
+            if "clip views for all trials together" in line:
+                prepared = time.perf_counter() - started
+        document = json.loads(driver.stdout.read().splitlines()[-1])
+    assert prepared
+    print(json.dumps(document), file=sys.stderr)
+    return document | {"seconds": time.perf_counter() - started, "prepared": prepared}
 
 
 def _trials(home: Path, sweep: str) -> list[dict[str, Any]]:
@@ -94,13 +111,6 @@ def _top1(trials: list[dict[str, Any]], changes: dict[str, Any]) -> float:
     return trial["rows"][-1]["held_out/top1"]
 
 
-def _mean_epoch(smallest: float, largest: float) -> float:
-    """Seconds of an epoch, over the nine sizes of the grid, from those of the two extreme ones."""
-    work = [clusters * width * (512 + width) for clusters in _KS for width in _US]
-    share = (statistics.mean(work) - min(work)) / (max(work) - min(work))
-    return smallest + share * max(0.0, largest - smallest)
-
-
 def _compare(folder: Path, options: argparse.Namespace, space: Path, seed: int) -> dict[str, Any]:
     changes = [
         f"stage1.epochs={options.epochs}",
@@ -110,32 +120,37 @@ def _compare(folder: Path, options: argparse.Namespace, space: Path, seed: int) 
         f"training.seed={seed}",
         "training.batch_size=8",
         "codebook.frames_per_video=4",
+        *options.set,
     ]
+    home = folder / str(seed)
+    home.mkdir(exist_ok=True)
     found: dict[str, Any] = {"seed": seed}
-    results: dict[str, list[dict[str, Any]]] = {}
-    for scheduler in ("none", "asha"):
-        home = folder / f"{scheduler}-{seed}"
-        home.mkdir()
-        try:
-            _tavlad(home, "up")
-            _pack(home, options.data, options.frames)
-            seconds, document = _sweep(home, space, scheduler, changes)
-            results[scheduler] = _trials(home, document["sweep"])
-            found[scheduler] = {"seconds": seconds, "epochs": document["epochs"], "best": document["best"]}
-            if scheduler == "none":
-                sizes = json.dumps([[_KS[0], _US[0]], [_KS[-1], _US[-1]]])
-                epochs = json.loads(_run(home, "-c", _FROM_FRAMES, json.dumps(changes), sizes))
-                found["frames_epoch_seconds"] = epochs
-                found["frames_seconds"] = 27 * options.epochs * _mean_epoch(*epochs.values())
-        finally:
-            _run(home, "-m", "ray_jobs.cli", "down")
-            shutil.rmtree(home, ignore_errors=True)
-    found["grid_share"] = found["none"]["seconds"] / found["frames_seconds"]
-    found["asha_share"] = found["asha"]["seconds"] / found["frames_seconds"]
-    found["asha_epochs_share"] = found["asha"]["epochs"] / found["none"]["epochs"]
+    try:
+        _tavlad(home, "up")
+        _pack(home, options.data, options.frames)
+        if not options.without_frames:
+            smallest = [*changes, f"model.num_clusters={_KS[0]}", f"model.gru_width={_US[0]}"]
+            found["frames_epoch_seconds"] = float(_run(home, "-c", _FROM_FRAMES, json.dumps(smallest)))
+            print(f"an epoch from frames: {found['frames_epoch_seconds']:.1f} s", file=sys.stderr)
+        whole = found["grid"] = _sweep(home, space, "none", changes)
+        stopping = found["asha"] = _sweep(home, space, "asha", changes)
+        trials = _trials(home, whole["sweep"])
+    finally:
+        _run(home, "-m", "ray_jobs.cli", "down")
+        shutil.rmtree(home, ignore_errors=True)
+    if not options.without_frames:
+        found["frames_seconds"] = 27 * options.epochs * found["frames_epoch_seconds"]
+        found["grid_share"] = whole["seconds"] / found["frames_seconds"]
+        found["asha_seconds"] = whole["prepared"] + stopping["seconds"] - stopping["prepared"]
+        found["asha_share"] = found["asha_seconds"] / found["frames_seconds"]
+    found["asha_epochs_share"] = stopping["epochs"] / whole["epochs"]
     # What ASHA chose, as the full grid knows it.
-    found["grid_best"] = max(trial["rows"][-1]["held_out/top1"] for trial in results["none"])
-    found["asha_choice"] = _top1(results["none"], found["asha"]["best"]["changes"])
+    found["grid_best"] = max(trial["rows"][-1]["held_out/top1"] for trial in trials)
+    found["asha_choice"] = _top1(trials, stopping["best"]["changes"])
+    found["curves"] = {
+        json.dumps(trial["changes"]): [[row["held_out/top1"], row["held_out/loss"]] for row in trial["rows"]]
+        for trial in trials
+    }
     return found
 
 
@@ -148,21 +163,31 @@ def main() -> None:
     parser.add_argument("--weights", default="none", help="imagenet, none or a path; none is as quick")
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--frames", type=int, default=25)
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the recipe")
+    parser.add_argument("--without-frames", action="store_true", help="only what ASHA spends and chooses")
+    parser.add_argument("--home", type=Path, help="folder of the seeds' sites, which may be up already")
+    parser.add_argument("--out", type=Path, help="file for all that was found, a JSON line a seed")
     options = parser.parse_args()
     options.data = options.data.absolute()
     lines = [f"stage1.lr = {_LRS}", f"model.num_clusters = {_KS}", f"model.gru_width = {_US}"]
-    with tempfile.TemporaryDirectory(prefix="sweep-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="sweep-", dir="/tmp") as made:
+        folder = options.home or made
         space = Path(folder) / "space.toml"
         space.write_text("\n".join(lines) + "\n")
         for seed in options.seeds:
             found = _compare(Path(folder), options, space, seed)
-            print(
-                f"| {seed} | {found['frames_seconds']:.0f} s (computed) | {found['none']['seconds']:.0f} s, "
-                f"{found['grid_share']:.1%} | {found['asha']['seconds']:.0f} s, {found['asha_share']:.1%} | "
-                f"{found['asha_epochs_share']:.0%} | {found['grid_best']:.1%} | {found['asha_choice']:.1%} |",
-                flush=True,
+            line = (
+                f"| {seed} | {found['asha_epochs_share']:.0%} | {found['grid_best']:.1%} | {found['asha_choice']:.1%} |"
             )
-            print(json.dumps(found), flush=True)
+            if not options.without_frames:
+                line += (
+                    f" {found['frames_seconds']:.0f} s (computed) | {found['grid']['seconds']:.0f} s, "
+                    f"{found['grid_share']:.1%} | {found['asha_seconds']:.0f} s, {found['asha_share']:.1%} |"
+                )
+            print(line, flush=True)
+            if options.out is not None:
+                with options.out.open("a") as out:
+                    out.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,15 @@ def num_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def room_for(cpus: float, gpus: float) -> int:
+    """How many of something that needs so many CPUs and GPUs the whole cluster could hold at a time; at least 1."""
+    have = ray.cluster_resources()
+    room = have.get("CPU", 1) / max(cpus, 0.01)
+    if gpus:
+        room = min(room, have.get("GPU", 0) / gpus)
+    return max(1, int(room))
+
+
 def num_cpus_of_a_node() -> int:
     """CPUs of the smallest node that has any: a task that asks for more might never find a place."""
     counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

@@ -16,8 +16,8 @@ SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "tune"
 _PACKAGES = ("tavlad", "shards", "ray_jobs", "infra")
 _INPUTS = ("recipe", "splits", "space")
 """Arguments whose local files travel with the job."""
-_NOT_WHAT_IT_DOES = ("recipe", "change", "dataset", "at_once")
-"""Arguments that are not part of a job's name as they stand; a recipe's is what it says, `at_once` only the pace."""
+_NOT_WHAT_IT_DOES = ("recipe", "change", "dataset", "at_once", "workers_per_trial")
+"""Arguments that are not part of a job's name as they stand; a recipe's is what it says, the last two only the pace."""
 _MAX_INPUT_BYTES = 20_000_000
 _IDENTITY_DIGITS = 12
 COMMIT_FILE = "commit.txt"

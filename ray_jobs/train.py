@@ -60,13 +60,15 @@ def train(site: Site, recipe: Recipe, split: int, console: Console, *, register:
 
 def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console) -> None:
     codebook = make_codebook(site, plan.recipe, plan.split, console)
+    precision = plan.recipe.training.precision
+    assert precision != "auto", "load_recipe decides"
     card = ModelCard(
         model=plan.recipe.model,
         actions=index.actions,
         num_frames=index.num_frames,
         short_side=int(cast(int, index.packing["short_side"])),
         crop=plan.recipe.training.crop,
-        precision=plan.recipe.training.precision,
+        precision=precision,
         provenance={
             "run": plan.name,
             "dataset": plan.dataset_name,
@@ -158,7 +160,8 @@ class _Follower:
                 if resumed_from is not None:
                     self._console.say(f"  going on from checkpoint {resumed_from} with {num_workers} workers")
                 else:
-                    self._console.say(f"  beginning with {num_workers} workers")
+                    precision = self._plan.recipe.training.precision
+                    self._console.say(f"  beginning with {num_workers} workers, in {precision}")
                 for row in history:
                     self._records.log_epoch(row)
             case Said(text=text):

@@ -1,4 +1,7 @@
-"""One trial of a sweep: stage 1 of a changed recipe by `fit`, in this process; scored on held-out clips of train."""
+"""One trial of a sweep: stage 1 of a changed recipe by `fit`, in this process; scored on held-out clips of train.
+
+Ranks of a process group may call it together: they share the batches, and the first one writes and reports.
+"""
 
 import copy
 import tempfile
@@ -12,7 +15,7 @@ import torch
 from infra.site import load_site
 from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, codebook_of, load_codebook
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, feature_set
 from ray_jobs.plan import checkpoint_name, node_cache, open_set
 from ray_jobs.recipe import Recipe
@@ -24,6 +27,7 @@ from shards.store import Store
 from tavlad.checkpoint import TrainState
 from tavlad.model import TaVlad
 from tavlad.optim import choose_trained
+from tavlad.parallel import World
 from tavlad.train import Batches, Diverged, EpochReport, Listeners, StagePlan, fit
 
 _STATE = "trial.pt"
@@ -39,20 +43,24 @@ class TrialJob:
     """Whether trials learn from stored features; those not there are computed and written."""
 
 
-def run_trial(job: TrialJob, changes: Changes, report: Report) -> None:
+def run_trial(job: TrialJob, changes: Changes, report: Report, device: torch.device | None = None) -> None:
     """Train the trial, from its newest checkpoint on; every epoch's row is reported, those done before too.
 
-    A trial that is over is told again and not trained. Raises `Diverged` when the configuration cannot be trained with.
+    Computes on `device`, by default a GPU if one is visible. A trial that is over is told again and not trained. Raises
+    `Diverged` when the configuration cannot be trained with.
     """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resources = job.sweep.training.recipe.resources
+    world = World.current(device, resources.virtual_ranks if resources.reduce == "deterministic" else 0)
     site = load_site(job.sweep.training.site_name)
     known = SweepStore(site, job.sweep.name).find(job.sweep.trial_id(changes))
     if known is not None:
-        for row in known.rows:
+        for row in known.rows if world.rank == 0 else []:
             report(row)
         if known.state == "diverged":
             raise Diverged(known.reason)
         return
-    trial = _Trial(job, changes, report)
+    trial = _Trial(job, changes, report, world)
     try:
         trial.run()
     finally:
@@ -60,15 +68,14 @@ def run_trial(job: TrialJob, changes: Changes, report: Report) -> None:
 
 
 class _Trial:
-    def __init__(self, job: TrialJob, changes: Changes, report: Report) -> None:
+    def __init__(self, job: TrialJob, changes: Changes, report: Report, world: World) -> None:
         self._job = job
+        self._world = world
         self._training = job.sweep.training
         self._recipe: Recipe = job.sweep.trial_recipe(changes)
         self._report = report
         self._site = load_site(self._training.site_name)
         self._checkpoints = SweepStore(self._site, job.sweep.name).checkpoints(job.sweep.trial_id(changes))
-        # A GPU is visible if the trial was given one.
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._rows: list[Row] = []
         self._writer = BackgroundWriter()
 
@@ -87,12 +94,13 @@ class _Trial:
             model.initialise(load_codebook(codebook.uri, self._site))
         choose_trained(model, recipe.stage1)
         resume = self._resume(model)
-        for row in list(self._rows):
+        for row in list(self._rows) if self._world.rank == 0 else []:
             self._report(row)
         train, held = self._batches(model, provenance, index, seen, store)
-        model.to(self._device)
+        model.to(self._world.device)
         plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
-        fit(model, plan, train, held, Listeners(on_epoch=lambda each: self._end_epoch(model, each)), resume)
+        listeners = Listeners(on_epoch=lambda each: self._end_epoch(model, each))
+        fit(model, plan, train, held, listeners, resume, self._world)
 
     def _resume(self, model: TaVlad) -> TrainState | None:
         """The state of the newest checkpoint, its weights put into the model."""
@@ -109,24 +117,30 @@ class _Trial:
     def _batches(
         self, model: TaVlad, provenance: str, index: Index, seen: Index, store: Store
     ) -> tuple[Batches, Batches]:
-        recipe, split = self._recipe, self._training.split
+        recipe, split, world = self._recipe, self._training.split, self._world
         cache = node_cache(self._site, recipe.resources.disk_cache, index)
+        place = (world.parts.start, world.num_parts, cache)
         train, held = (
-            ClipLoader(seen, store, split, part, trial_loading(recipe, training=part == "train"), cache=cache)
+            ClipLoader(
+                *(seen, store, split, part, trial_loading(recipe, training=part == "train"), *place),
+                num_ranks=len(world.parts),
+            )
             for part in ("train", "test")
         )
         if not self._job.use_features:
             return train, held
-        features = feature_set(self._site, recipe, index, model, provenance)
-        extract = Extractor(model, self._device, recipe.training.precision)
-        learned = FeatureBatches(train, features, split, extract, cache)
+        features = feature_set(self._site, recipe, index, model, provenance, recipe.stage1.feature_kind)
+        extract = Extractor(model, world.device, recipe.training.precision, features.kind)
+        learned, tested = (FeatureBatches(part, features, split, extract, cache) for part in (train, held))
         # The mirror image of a clip is not among what is stored for testing.
-        if recipe.model.mirror_at_test:
-            return learned, held
-        return learned, FeatureBatches(held, features, split, extract, cache)
+        return pooled_if_possible(learned, model, recipe.stage1), (
+            held if recipe.model.mirror_at_test else pooled_if_possible(tested, model, recipe.stage1)
+        )
 
     def _end_epoch(self, model: TaVlad, report: EpochReport) -> None:
         """A checkpoint, written while training goes on, and the row."""
+        if self._world.rank != 0:
+            return
         assert report.scores is not None, "trials are scored after every epoch"
         metrics = {name: value for name, value in report.metrics.items() if not name.startswith("test/")}
         metrics |= report.scores.summary("held_out")
@@ -158,6 +172,6 @@ def trial_loading(recipe: Recipe, *, training: bool) -> LoaderOptions:
         views=recipe.training.views,
         num_views=recipe.training.num_views,
         shuffle=training,
-        num_threads=recipe.resources.loader_threads,
+        num_threads=recipe.resources.unmeasured_threads,
         prefetch_batches=recipe.resources.prefetch_batches,
     )

@@ -16,10 +16,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, result_of, room_for
 from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
-from ray_jobs.features import feature_set, fill_views
+from ray_jobs.features import feature_set, fill_views, may_use_features
 from ray_jobs.plan import digest_of_weights, open_set, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
@@ -37,6 +37,7 @@ from ray_jobs.sweep_search import (
 )
 from ray_jobs.train import train
 from ray_jobs.trial import TrialJob, run_trial, trial_loading
+from ray_jobs.trial_group import run_trial_by_group
 from shards.features import CENTRE_SLOT, FeatureSet
 from shards.index import Index
 from shards.order import num_steps
@@ -64,6 +65,8 @@ _DECIDES_FEATURES = (
     "stage1.epochs",
     "stage1.steps",
     "stage1.features",
+    "stage1.trunk",
+    "stage1.fc",
 )
 """Fields that decide which features a trial reads: where one is a dimension, trials compute theirs on their way."""
 
@@ -144,15 +147,14 @@ def _check(site: Site, plan: SweepPlan, index: Index, known: list[Changes] | Non
     seen = plan.held_out(index)
     base = plan.trial_recipe({})
     model, provenance = build_untrained(site, base, len(index.actions))
-    features = feature_set(site, base, index, model, provenance)
-    _, _, height, width = features.shape
+    _, _, height, width = feature_set(site, base, index, model, provenance, "last").shape
     fixed = not {each.field for each in plan.dimensions} & {"model.trunk", "training.crop", "training.subset"}
     num_train = len(seen.clips(plan.training.split, "train"))
     for changes in (known or [extremes(plan.dimensions)]) if fixed else []:
         recipe = plan.trial_recipe(changes)
         if recipe.model.has_vlad:
             require_descriptors(recipe.model, recipe.codebook, num_train, index.num_frames, height * width)
-    return TrialJob(sweep=plan, use_features=base.stage1.features != "never" and base.training.views == "corner-scale")
+    return TrialJob(sweep=plan, use_features=may_use_features(base, base.stage1, model))
 
 
 def _search(
@@ -211,7 +213,7 @@ def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | Non
         return
     base = plan.trial_recipe({})
     model, provenance = build_untrained(site, base, len(index.actions))
-    features = feature_set(site, base, index, model, provenance)
+    features = feature_set(site, base, index, model, provenance, base.stage1.feature_kind)
     wanted = _wanted_views(plan, base, index)
     _check_budget(base, features, len(wanted))
     console.say(f"  features at {features.store.uri}")
@@ -320,9 +322,11 @@ def _tuner(
 ) -> tune.Tuner:
     plan = job.sweep
     resources = plan.training.recipe.resources
-    needs = {"cpu": resources.cpus_per_worker} | (
-        {"gpu": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    )
+    needs, at_once = {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker}, plan.options.at_once
+    in_groups = plan.options.workers_per_trial > 1
+    if in_groups:  # the workers ask for what they need by themselves, and Ray Tune must not start more than fit
+        per_trial = [each * plan.options.workers_per_trial for each in needs.values()]
+        needs, at_once = {"cpu": 0.0, "gpu": 0.0}, at_once or room_for(*per_trial)
     filesystem, path = arrow_filesystem(f"{site.sweeps_uri}/{plan.name}/ray", site.s3)
     configurations = search if isinstance(search, list) else None
 
@@ -338,8 +342,8 @@ def _tuner(
             search_alg=None if isinstance(search, list) else search,
             scheduler=make_scheduler(plan, longest, over),
             num_samples=num_samples,
-            max_concurrent_trials=plan.options.at_once,
-            reuse_actors=True,
+            max_concurrent_trials=at_once,
+            reuse_actors=not in_groups,  # a group ends with its trial's process
         ),
         run_config=tune.RunConfig(
             # A name used twice would silently resume what Ray Tune remembers.
@@ -364,7 +368,7 @@ def _run_in_tune(job: TrialJob, changes: Changes) -> None:
         tune.report({EPOCH_NAME: epoch, SCORE_NAME: row["held_out/score"], "row": row})
 
     try:
-        run_trial(job, changes, report)
+        (run_trial if job.sweep.options.workers_per_trial == 1 else run_trial_by_group)(job, changes, report)
     except Diverged as error:  # another try would come to the same
         tune.report({EPOCH_NAME: epoch + 1, SCORE_NAME: -1.0, "diverged": str(error)})
 

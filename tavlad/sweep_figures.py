@@ -12,7 +12,9 @@ from sklearn.inspection import permutation_importance
 
 _BLUE = "#3b75af"
 _FEWEST_TRIALS = 4  # below that, what mattered cannot be told
-_DECADE = 10.0
+_WIDE = 4.0  # from the smallest value to the largest: such an axis is logarithmic
+_FEW = 6  # distinct values that each get a tick, and whose lines are spread about it
+_SPREAD = 0.05
 
 
 def parallel_coordinates(
@@ -20,21 +22,23 @@ def parallel_coordinates(
 ) -> Figure:
     """A line a trial: an axis a setting, and the held-out accuracy (0 to 1) at the right, which is the colour too.
 
-    Dashed lines are trials that were stopped early. An axis is logarithmic where its values span more than a decade.
+    Dashed lines are trials that were stopped early. An axis is logarithmic where its largest value is four times its
+    smallest or more. Lines that share one of few values are spread about it, the better ones above.
     """
     names = [*settings, "held-out, %"]
     axes_values = [_positions(values) for values in settings.values()]
     percent = 100 * np.asarray(accuracy)
-    axes_values.append(_positions(percent.tolist()))
+    axes_values.append(_positions(percent.tolist(), may_be_log=False))
     figure = Figure(figsize=(1.6 + 1.7 * len(names), 4.2), layout="constrained")
     axes = figure.subplots()
     low, high = float(percent.min()), float(percent.max())
     order = np.argsort(percent, kind="stable")
     for trial in order:  # the best are drawn last, on top
         shade = (percent[trial] - low) / (high - low) if high > low else 1.0
+        spread = [_SPREAD * (shade - 0.5) * (len(set(positions)) <= _FEW) for positions, _ in axes_values[:-1]]
         axes.plot(
             range(len(names)),
-            [positions[trial] for positions, _ in axes_values],
+            [positions[trial] + more for (positions, _), more in zip(axes_values, [*spread, 0.0], strict=True)],
             color=colormaps["viridis"](shade),
             linestyle="-" if is_whole[trial] else "--",
             linewidth=2.2 if trial == order[-1] else 1.2,
@@ -50,7 +54,8 @@ def parallel_coordinates(
                 textcoords="offset points",
                 fontsize=8,
                 va="center",
-                color="0.2",
+                color="0.1",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
             )
     axes.set_xticks(range(len(names)), [name.rpartition(".")[2] for name in names], parse_math=False)
     axes.set(yticks=[], xlim=(-0.2, len(names) - 0.5), title="trials (dashed: stopped early)")
@@ -88,7 +93,7 @@ def importance_bars(shares: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+def _positions(values: Sequence[Any], *, may_be_log: bool = True) -> tuple[list[float], list[tuple[float, str]]]:
     """From 0 to 1 along an axis, and its ticks."""
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         names = sorted(set(map(str, values)))
@@ -98,11 +103,11 @@ def _positions(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, st
     low, high = numbers.min(), numbers.max()
     if high == low:
         return [0.5] * len(numbers), [(0.5, f"{low:.3g}")]
-    is_log = low > 0 and high / low > _DECADE
+    is_log = may_be_log and low > 0 and high / low >= _WIDE
     scaled = np.log(numbers) if is_log else numbers
     places = (scaled - scaled.min()) / (scaled.max() - scaled.min())
     distinct = sorted(set(zip(places.tolist(), numbers.tolist(), strict=True)))
-    few = distinct if len(distinct) <= 6 else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
+    few = distinct if len(distinct) <= _FEW else [distinct[0], distinct[len(distinct) // 2], distinct[-1]]
     return places.tolist(), [(place, f"{number:.3g}") for place, number in few]
 
 

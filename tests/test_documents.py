@@ -18,6 +18,7 @@ from ray_jobs.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PROGRAMS = ("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ", "openssl ", "sudo ")
 _OURS = re.compile(r"^(infra|ray_jobs|tests|benchmarks|docs)/[\w./-]+$")
 
 
@@ -25,7 +26,9 @@ def commands_of(document: Path) -> Iterator[list[str]]:
     """The words of each line of the document's blocks, comments left out."""
     for block in re.findall(r"^```\w*\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith(("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ")):
+            if line.startswith(
+                ("tavlad ", "make ", "ray ", "kubectl ", "docker ", "aws ", "python ", "openssl ", "sudo ")
+            ):
                 yield shlex.split(line, comments=True)
 
 
@@ -59,6 +62,49 @@ def test_targets_modules_and_files_in_documents_exist() -> None:
                 assert (ROOT / word).exists(), f"{name}: {word}"
         for module in [words[i + 1] for i, word in enumerate(words[:-1]) if word == "-m"]:
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name}: {module}"
+
+
+_NOT_RUN = {
+    "kubectl": "no Kubernetes",
+    "docker": "no container runtime",
+    "aws": "no cloud account",
+    "ray up": "no cloud account",
+    "ray dashboard": "no cloud account",
+    "resources.gpus_per_worker=1": "no GPU",
+    "make audit": "no advisories",
+}
+"""Words of commands that the machines this is built on cannot run; docs/DEPLOY.md says so too."""
+_RUN = {
+    "make install": ".ci/run",
+    "make demo": ".ci/run",
+    "make test": ".ci/run",
+    "make rehearsal": "docs/LOG.md",
+    "sudo sh infra/compose/make_secrets.sh": "tests/infra/test_manifests.py",
+    "ray job submit": "tests/ray_jobs/test_end_to_end.py",
+    "tavlad site check": "tests/ray_jobs/test_site_check.py",
+    "tavlad --site lab": "tests/ray_jobs/test_submit.py",
+    "tavlad prepare": "tests/shards/test_published_sets.py",
+    "tavlad pack": "tests/fixtures_verbs.py",
+    "tavlad features": "tests/ray_jobs/test_end_to_end.py",
+    "tavlad reproduce": "tests/ray_jobs/test_end_to_end.py",
+    "tavlad serve": "tests/ray_jobs/test_serve.py",
+    "tavlad predict": "tests/ray_jobs/test_cli_models.py",
+    "tavlad train": "tests/fixtures_verbs.py",
+}
+"""What all others begin with, and what runs them on other videos; the guide's first part is walked below, as it is."""
+
+
+def test_every_command_is_run_by_something_or_cannot_be() -> None:
+    walked = {" ".join(words) for words in commands_of(ROOT / "docs" / "GUIDE.md") if "mine" in " ".join(words)}
+    for name, words in ALL:
+        text = f"{' '.join(words)} "
+        if text.strip() in walked or text == "tavlad models " or any(f"{each} " in text for each in _NOT_RUN):
+            continue
+        (proof,) = [file for begin, file in _RUN.items() if text.startswith(f"{begin} ")] or [None]
+        assert proof is not None, f"{name}: nothing runs {text!r}, and nothing says why it cannot be run"
+        spoken = (ROOT / proof).read_text(encoding="utf-8")
+        what = words[3] if words[1:3] == ["--site", "lab"] else words[-1 if words[0] == "sudo" else 1]
+        assert what in spoken, f"{name}: {proof} does not run {text!r}"
 
 
 @pytest.mark.long

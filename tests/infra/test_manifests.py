@@ -1,6 +1,7 @@
 """What is deployed, checked against the schemas of those who read it, and against our own rules of safety."""
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -290,6 +291,22 @@ def test_compose_stack_is_closed_and_its_secrets_are_files() -> None:
         assert set(service.get("secrets", [])) <= stack["secrets"].keys()
         assert service.get("depends_on", {}).keys() <= stack["services"].keys()
         assert set(re.findall(r"/run/secrets/(\w+)", str(service))) <= set(service.get("secrets", []))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the script gives the keys to the containers' user, which takes root")
+def test_secrets_of_the_stack_are_made_once_and_for_the_containers_alone(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / "infra/compose/make_secrets.sh", tmp_path)
+    subprocess.run(["sh", script], check=True, capture_output=True)
+    files = sorted((tmp_path / "secrets").iterdir())
+    assert [file.name for file in files] == ["postgres_password", "ray_token", "s3_keys"]
+    for path in (tmp_path / "secrets", *files):
+        state = path.stat()
+        assert (state.st_uid, state.st_gid, state.st_mode & 0o027) == (1000, 1000, 0), path
+    made = {file.name: file.read_text() for file in files}
+    assert len(set(made.values())) == 3
+    assert [len(line) > 15 for line in made["s3_keys"].splitlines()] == [True, True]
+    subprocess.run(["sh", script], check=True, capture_output=True)
+    assert {file.name: file.read_text() for file in files} == made, "a second time changes nothing"
 
 
 def test_dockerfile_passes_hadolint(tmp_path: Path) -> None:

@@ -53,6 +53,15 @@ def test_recipe_without_a_dataset_says_both_remedies(tmp_path: Path) -> None:
         load_recipe(_write(tmp_path, ""))
 
 
+@pytest.mark.parametrize(("changes", "precision"), [([], "float32"), (["resources.gpus_per_worker=1"], "bf16")])
+def test_precision_is_what_the_machine_is_quick_in_unless_said(
+    monkeypatch: pytest.MonkeyPatch, changes: list[str], precision: str
+) -> None:
+    monkeypatch.setattr("ray_jobs.recipe.quick_precision", lambda _: "float32")
+    assert load_recipe("ta-vlad", changes, "hmdb51").training.precision == precision
+    assert load_recipe("ta-vlad", [*changes, "training.precision=bf16"], "hmdb51").training.precision == "bf16"
+
+
 def test_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine\.toml is not TOML"):
         load_recipe(_write(tmp_path, "dataset = "))

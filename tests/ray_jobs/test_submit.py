@@ -59,16 +59,18 @@ def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Pat
     recipe, space = tmp_path / "a.toml", tmp_path / "space.toml"
     recipe.write_text(RECIPE)
 
-    def parcel(at_once: int | None, lr: str):
+    def parcel(at_once: int | None, lr: str, workers: int = 1):
         space.write_text(f"[stage1]\nlr = [{lr}]\n")
         words = [str(recipe), "--space", str(space)]
         values = {"recipe": str(recipe), "split": 1, "change": None, "dataset": None, "space": space}
-        return make_parcel("tune", words, values | {"trials": 8, "at_once": at_once}, "bucket")
+        return make_parcel(
+            "tune", words, values | {"trials": 8, "at_once": at_once, "workers_per_trial": workers}, "bucket"
+        )
 
     sweep = parcel(None, "0.1, 0.01")
     assert sweep.arguments == ("inputs/recipe/a.toml", "--space", "inputs/space/space.toml")
     assert sweep.inputs["inputs/space/space.toml"] == space
-    assert parcel(2, "0.1, 0.01").name == sweep.name
+    assert parcel(2, "0.1, 0.01", workers=2).name == sweep.name
     assert parcel(None, "0.1, 0.02").name != sweep.name
 
 

@@ -102,7 +102,7 @@ print(sum(each["state"] != "REMOVED" for each in groups.values()))
 """
 
 
-def _placement_groups_left() -> int:
+def placement_groups_left() -> int:
     return int(subprocess.run([sys.executable, "-c", _LEFT], capture_output=True, text=True, check=True).stdout)
 
 
@@ -147,7 +147,7 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
         store.delete(path)
     _tavlad(*sweep)
     assert _results(_over(store)) == _results(killed)
-    until(lambda: not _placement_groups_left(), 60)
+    until(lambda: not placement_groups_left(), 60)
 
 
 def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sweep: list[str]) -> None:
@@ -175,7 +175,7 @@ def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sw
     assert re.search(r"best so far: held-out \d+\.\d% with lr ", said)
     assert "trials are over; the same command goes on" in said
     until(lambda: not actors_of(local_site, _TRIAL), 60)
-    until(lambda: not _placement_groups_left(), 60)
+    until(lambda: not placement_groups_left(), 60)
 
     before = {path: trial for path, trial in _over(store).items() if path not in others}
     assert 0 < len(before) < 8

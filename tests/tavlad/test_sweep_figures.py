@@ -2,6 +2,8 @@
 
 import itertools
 
+import numpy as np
+
 from tavlad.figures import png
 from tavlad.sweep_figures import importance, importance_bars, parallel_coordinates
 
@@ -37,5 +39,11 @@ def test_pictures_are_drawn_of_names_numbers_and_single_values() -> None:
     figure = parallel_coordinates(settings, accuracy, [number % 2 == 0 for number in range(12)])
     assert png(figure).startswith(b"\x89PNG")
     (axes,) = figure.axes
-    assert len([line for line in axes.lines if len(line.get_xdata()) == 5]) == 12, "a line a trial"
+    lines = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines if len(line.get_xdata()) == 5]
+    assert len(lines) == 12, "a line a trial"
+    assert len({tuple(line[:4]) for line in lines}) == 12, "those of the same settings but one lie beside each other"
+    lr_of = sorted({round(line[0], 1) for line in lines})
+    assert lr_of == [0.0, 0.5, 1.0], "1e-4, 1e-3 and 1e-2 are evenly apart"
+    ends = sorted(line[-1] for line in lines)
+    assert np.allclose(ends, np.linspace(0, 1, 12)), "accuracies are on a linear scale, however wide"
     assert png(importance_bars({"stage1.lr": 0.75, "model.num_clusters": 0.25})).startswith(b"\x89PNG")
