@@ -1,7 +1,7 @@
 """A clip's frames from their JPEGs to their places in a batch, without the interpreter between them.
 
-Threads that read share one interpreter with each other and with whoever trains. Called from Python, a clip's frames take
-it and wait for it a hundred times; compiled by TorchScript the same function takes it once.
+Threads that read share one interpreter with each other and with whoever trains. Called from Python, the operators of a
+clip's frames take it and wait for it a hundred times; compiled by TorchScript the same function takes it once.
 """
 
 import functools
@@ -24,8 +24,7 @@ def _decode_window(
     `jpegs` are bytes, one JPEG after the other, `lengths` those of each. RuntimeError if one is no JPEG.
     """
     size = out_TCSS.size(-1)
-    frame = 0
-    for jpeg in jpegs.split(lengths):
+    for frame, jpeg in enumerate(jpegs.split(lengths)):
         image_CHW = torch.ops.image.decode_jpeg(jpeg, 3)
         # One operator cuts the window out of the decoder's layout, channels last, which PyTorch resizes three times as
         # fast and would not see in image_CHW[None].
@@ -43,7 +42,6 @@ def _decode_window(
             out_1CSS.copy_(resized_1CSS.flip([-1]))
         else:  # what F.interpolate calls, with a place for the result: a twentieth of reading a clip
             torch.ops.aten._upsample_bilinear2d_aa(window_1CHW, [size, size], False, None, None, out=out_1CSS)
-        frame += 1
 
 
 DecodeWindow = Callable[[Tensor, list[int], int, int, int, int, bool, Tensor], None]

@@ -121,7 +121,9 @@ class JpegCrop:
         cropped = bytearray().join(pieces)
         row_lengths_TR = row_to_TR - row_from_TR
         heads_T = len(self._head) * np.arange(1, len(jpegs) + 1)
-        row_at_TR = (np.cumsum(row_lengths_TR) - row_lengths_TR.ravel()).reshape(row_lengths_TR.shape) + heads_T[:, None]
+        row_at_TR = (np.cumsum(row_lengths_TR) - row_lengths_TR.ravel()).reshape(row_lengths_TR.shape) + heads_T[
+            :, None
+        ]
         marks_at_TRS = kept_TRS + (row_at_TR - row_from_TR)[:, :, None]
         np.frombuffer(cropped, np.uint8)[marks_at_TRS + 1] = self._marks_RS
         return cropped, (row_lengths_TR.sum(axis=1) + len(self._head)).tolist()

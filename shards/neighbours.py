@@ -1,8 +1,8 @@
 """Clips fetched together with their neighbours in the shard, while a node's cache fills.
 
-A request costs a store and us more than the bytes of a clip do. Where a clip is not in the cache, one request brings what
-lies beside it too, as far as the same epoch of the same reader will need it: later, from the cache. What is kept is proved
-by its digest when it is read, here nothing is.
+A request costs a store and us more than a clip's bytes do. Where a clip is not in the cache, one request brings what
+lies beside it too, as far as the same epoch of the same reader will need it: later, from the cache. What is kept there
+is proved by its digest whenever it is read.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""A cold cache is filled a run of clips at a time: each run once, nothing unwanted, no wrong clip, errors at their place."""
+"""A cold cache is filled a run of clips at a time: each once, nothing unwanted, no wrong clip, errors in place."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,9 +49,7 @@ def test_every_run_is_read_once_and_the_batches_are_the_same(
     assert len(runs_of(packed)) == {1: 12, 2 << 20: 3}.get(run_bytes, len(runs_of(packed)))
 
 
-def test_what_lies_too_far_away_is_asked_for_apart(
-    packed, watched, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_lies_too_far_away_is_asked_for_apart(packed, watched, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "_GAP_BYTES", -1)  # even what touches
     store = watched(packed.store)
     loader = ClipLoader(packed.index, store, 1, "train", OPTIONS, cache=cache_at(tmp_path, packed.index))
