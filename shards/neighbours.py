@@ -13,7 +13,7 @@ from jaxtyping import Bool
 
 from shards.disk_cache import DiskCache
 from shards.index import ClipPlace, ClipTable
-from shards.store import Store, StoreError
+from shards.store import Store, StoreError, StoreUnreachable
 
 _RUN_BYTES = 2 << 20  # the clips that begin in the same so many bytes of a shard come together
 _GAP_BYTES = 512 << 10  # so much that nobody wants is read over rather than asked around
@@ -32,7 +32,7 @@ class Neighbours:
         """The bytes of a clip that was not in the cache, unproved; its neighbours are in the cache afterwards.
 
         None if it has none to be fetched with, if the cache takes nothing, or if the store does not give them: then
-        the clip is to be fetched alone, which also explains what is wrong.
+        the clip is to be fetched alone, which also explains what is wrong. `StoreUnreachable` if nothing answers.
         """
         if not self._cache.takes_more:
             return None
@@ -42,7 +42,7 @@ class Neighbours:
         with being_fetched:
             try:
                 members = self._cache.get(place.sha256)  # whoever was waited for has brought it
-                return self._fetch_run(row, place) if members is None else members
+                return self._fetch_run(row, place) if members is None and self._cache.takes_more else members
             finally:
                 with self._lock:
                     self._fetching.pop(run, None)
@@ -54,6 +54,8 @@ class Neighbours:
         start = places[0].offset
         try:
             data = memoryview(self._store.read_range(place.shard, start, places[-1].offset + places[-1].length - start))
+        except StoreUnreachable:  # it was waited for long enough
+            raise
         except StoreError:
             return None
         for each in places:

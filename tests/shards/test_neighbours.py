@@ -82,17 +82,17 @@ def test_damage_among_neighbours_stops_the_run_at_its_place_with_its_name(
     loader = ClipLoader(packed.index, copy_of_packed, 1, "train", options, cache=cache_at(tmp_path, packed.index))
     places = [loader.clips.place(row) for row in range(12)]
     shard = places[0].shard
-    (*before, damaged) = [place for place in places if place.shard == shard]
-    assert before
+    rows = [row for row, place in enumerate(places) if place.shard == shard]
+    damaged_row = rows[0] if how == "deleted" else max(rows, key=lambda row: places[row].offset)
+    damaged = places[damaged_row]
     data = bytearray(copy_of_packed.read(shard))
     data[damaged.offset + damaged.length // 2] ^= 1
     if how == "deleted":
         copy_of_packed.delete(shard)
-        before, damaged = [], places[0]
     else:
         copy_of_packed.write(shard, bytes(data if how == "flipped byte" else data[: damaged.offset + 10]))
     batches = loader.epoch(0)
     expected = without_cache(packed, batch_size=1, shuffle=False)
-    assert same([next(batches) for _ in before], expected[: len(before)])
+    assert same([next(batches) for _ in range(damaged_row)], expected[:damaged_row])
     with pytest.raises(BadClip, match=f"clip {damaged.key} in .*{shard} .*: run tavlad verify"):
         next(batches)
