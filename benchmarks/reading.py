@@ -11,6 +11,7 @@ their own. One long file, so that what is compared can be seen at once.
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
+from pyarrow import parquet as pq
 
 from benchmarks.harness import Figures, Meter, interleaved, machine_facts, write_results
-from shards.clip_bytes import decode_jpeg, read_tar_members
+from shards.clip_bytes import END_OF_SHARD, decode_jpeg, frame_files, read_tar_members, tar_members
 from shards.datasets import scan
 from shards.disk_cache import DiskCache
 from shards.index import ClipTable, Index, load_index
@@ -45,6 +47,8 @@ from shards.transforms import crop_clip, draw_view, window_of
 
 BATCH = 8
 CLIPS_AN_EPOCH = 1600
+COLD_CLIPS = 960
+_COLD = "cold"
 WARM_UP, MEASURED, SECONDS_AT_MOST = 8, 100, 4.0
 Batches = Iterator[Any]
 
@@ -58,6 +62,8 @@ class Bench:
     s3: S3Access
     crop: int
     processes: int
+    server: int
+    """The S3 server's process."""
 
     @property
     def local(self) -> Store:
@@ -95,17 +101,6 @@ class _Counted(Store):
 _Counted.__abstractmethods__ = frozenset()
 
 
-class _ColdCache(DiskCache):
-    """Knows no clip and keeps every one, under a name of its own: an endless first epoch."""
-
-    def get(self, sha256: str) -> bytes | None:
-        super().get(sha256[::-1])
-        return None
-
-    def put(self, sha256: str, data: bytes) -> None:
-        super().put(uuid.uuid4().hex, data)
-
-
 def _long(index: Index) -> Index:
     """The index with its clips over and over, so that an epoch lasts."""
     table = index.clips_table.table
@@ -115,12 +110,15 @@ def _long(index: Index) -> Index:
     return dataclasses.replace(index, clips_table=ClipTable.of(rows))
 
 
-def _ours(bench: Bench, store: Store, cache: DiskCache | None) -> Figures:
-    options = LoaderOptions(
+def _options(bench: Bench) -> LoaderOptions:
+    return LoaderOptions(
         batch_size=BATCH, seed=0, crop=bench.crop, augment=True, shuffle=True, num_threads=bench.processes
     )
+
+
+def _ours(bench: Bench, store: Store, cache: DiskCache | None) -> Figures:
     counted = _Counted(store)
-    loader = ClipLoader(_long(load_index(bench.local)), counted, 1, "train", options, cache=cache)
+    loader = ClipLoader(_long(load_index(bench.local)), counted, 1, "train", _options(bench), cache=cache)
     return _measure(loader.epoch(0), lambda: counted.num_bytes)
 
 
@@ -141,8 +139,41 @@ def ours_warm(bench: Bench) -> Figures:
 
 
 def ours_cold(bench: Bench) -> Figures:
+    """A whole first epoch, from its first batch to its last, of clips that all differ, into an empty cache."""
+    store = _Counted(bench.remote.child(_COLD))
+    table = ClipTable.of(pq.read_table(bench.folder / f"{_COLD}.parquet"))
+    index = dataclasses.replace(load_index(bench.local), clips_table=table)
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-        return _ours(bench, bench.remote, _ColdCache(folder=Path(folder), max_bytes=10**10, set_name="bench"))
+        cache = DiskCache(folder=Path(folder), max_bytes=10**10, set_name="bench")
+        loader = ClipLoader(index, store, 1, "train", _options(bench), cache=cache)
+        server, meter = psutil.Process(bench.server), Meter()
+        meter.start()
+        before = sum(server.cpu_times()[:2])
+        clips = sum(len(batch.keys) for batch in loader.epoch(0))
+        took = sum(server.cpu_times()[:2]) - before
+        figures = meter.stop(clips) | {"network_kb_a_clip": store.num_bytes / clips / 1000}
+        return figures | {"server_cpu_ms_a_clip": 1000 * took / clips}
+
+
+def _write_cold_set(bench: Bench) -> None:
+    """The set's clips under more names, in shards of the usual size: as many different clips as it takes."""
+    table = load_index(bench.local).clips_table.table
+    rows = table.take([number % len(table) for number in range(COLD_CLIPS)])
+    clips, shard, shards = bench.clips, b"", 0
+    found: dict[str, list[Any]] = {name: [] for name in ("key", "shard", "offset", "length", "sha256")}
+    for number, key in enumerate(rows["key"].to_pylist()):
+        facts, *jpegs = map(bytes, read_tar_members(clips[number % len(clips)]))
+        members = tar_members(f"{key}-{number}", frame_files(json.loads(facts), jpegs))
+        place = (f"{key}-{number}", f"shards/{shards:06}.tar", len(shard), len(members))
+        for name, value in zip(found, (*place, hashlib.sha256(members).hexdigest()), strict=True):
+            found[name].append(value)
+        shard += members
+        if len(shard) > PackOptions().shard_megabytes * 1e6 or number == COLD_CLIPS - 1:
+            bench.remote.child(_COLD).write(place[1], shard + END_OF_SHARD)
+            shard, shards = b"", shards + 1
+    for name, values in (found | {"split1": ["train"] * COLD_CLIPS}).items():
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
+    pq.write_table(rows, bench.folder / f"{_COLD}.parquet")
 
 
 def _read_for_ever(bench: Bench, seed: int, cache: DiskCache, done: Any) -> None:
@@ -416,7 +447,7 @@ def _of_the_limit(row: Figures, limit: Figures | None) -> Figures:
 
 def _in_a_process(bench: Bench, name: str) -> Figures:
     told = {"variant": name, "folder": str(bench.folder), "videos": str(bench.videos), "crop": bench.crop}
-    told |= {"processes": bench.processes, "s3": dataclasses.asdict(bench.s3)}
+    told |= {"processes": bench.processes, "server": bench.server, "s3": dataclasses.asdict(bench.s3)}
     command = [sys.executable, __file__, "--child"]
     ended = subprocess.run(command, input=json.dumps(told), capture_output=True, text=True, timeout=600)
     if ended.returncode:
@@ -432,6 +463,7 @@ def _child() -> None:
         s3=S3Access(**told["s3"]),
         crop=told["crop"],
         processes=told["processes"],
+        server=told["server"],
     )
     print(json.dumps(VARIANTS[told["variant"]](bench)), flush=True)
     os._exit(0)  # without waiting for loaders that end slowly
@@ -467,9 +499,13 @@ def main() -> None:
         index = _prepare(videos, store)
         try:
             s3 = local.up(services=["s3"]).s3
-            bench = Bench(folder=folder, videos=videos, s3=s3, crop=options.crop, processes=options.processes)
+            server = next(service.pid for service in local.status() if service.name == "s3") or 0
+            bench = Bench(
+                folder=folder, videos=videos, s3=s3, crop=options.crop, processes=options.processes, server=server
+            )
             for path in store.list():
                 bench.remote.write(path, store.read(path))
+            _write_cold_set(bench)
             words = options.only.split(",")
             chosen = [name for name in VARIANTS if any(word in name for word in words)]
             found = interleaved(

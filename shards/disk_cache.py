@@ -61,9 +61,18 @@ class DiskCache:
                 os.utime(self._set_folder)
         return data
 
-    def put(self, sha256: str, data: bytes) -> None:
+    def has(self, sha256: str) -> bool:
+        """Whether there is a clip with this digest, which need not be whole."""
+        return self._path(sha256).exists()
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether there was room, and a disk that works, when something was last put."""
+        return not self._state.is_waiting()
+
+    def put(self, sha256: str, data: bytes | memoryview) -> None:
         """Keeps a clip if there is room. A disk that refuses it is told of once and asked again later."""
-        if self._state.is_waiting():
+        if not self.takes_more:
             return
         path = self._path(sha256)
         temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from shards.batch_memory import BatchMemory
 from shards.clip_bytes import decode_jpeg, read_tar_members
+from shards.clip_view import decode_window
 from shards.disk_cache import DiskCache
 from shards.gpu_decode import GpuDecoder
 from shards.index import ClipPlace, Index
 from shards.jpeg_crop import JpegCrop, JpegHeader
+from shards.neighbours import Neighbours
 from shards.order import batch_slice, epoch_order, num_steps
 from shards.packed_video import decode_packed_video
 from shards.store import MissingObject, Store, StoreError
@@ -34,11 +36,9 @@ from shards.transforms import (
     TsnView,
     View,
     ViewPolicy,
-    Window,
     crop_clip,
     draw_tsn_view,
     draw_view,
-    resize_into,
     window_of,
 )
 from tavlad.clip import BadClip, ClipBatch, reverse_flow
@@ -129,6 +129,7 @@ class ClipLoader:
         """
         order_N = self._order(epoch)
         steps = iter(range(start_step, self.num_steps))
+        neighbours = self._neighbours(epoch, start_step)
         waiting: deque[tuple[ClipBatch, list[Callable[[], None]]]] = deque()
         num_threads = self.options.num_threads
         # Fetching waits for the network, decoding for a processor: of each there are as many as it takes.
@@ -141,7 +142,7 @@ class ClipLoader:
                     reads: list[Callable[[], None]] = []
                     for row, slot in zip(rows_B, batch.frames_BTCHW, strict=True):
                         place = self.clips.place(int(row))
-                        members = fetchers.start(partial(self._members, place))
+                        members = fetchers.start(partial(self._members, place, int(row), neighbours))
                         view = self._view(place.key, epoch)
                         reads.append(workers.start(partial(self._fill, place, view, slot, members)))
                     waiting.append((batch, reads))
@@ -167,14 +168,27 @@ class ClipLoader:
         self._fill(place, view, slot_TCHW, partial(self._members, place))
         return slot_TCHW
 
-    def _members(self, place: ClipPlace) -> bytes:
+    def _members(self, place: ClipPlace, row: int = -1, neighbours: Neighbours | None = None) -> bytes:
         """The clip's bytes, from this node's disk or by a ranged read, with the digest they were packed with."""
-        members = self._cache.get(place.sha256) if self._cache else None
+        if self._cache is None:
+            return _fetch(self._store, place)
+        members = self._cache.get(place.sha256)
+        if members is None and neighbours is not None:
+            members = neighbours.fetch(row, place)
+            if members is not None and not _is_packed(members, place):
+                members = None
         if members is None:
             members = _fetch(self._store, place)
-            if self._cache:
-                self._cache.put(place.sha256, members)
+            self._cache.put(place.sha256, members)
         return members
+
+    def _neighbours(self, epoch: int, start_step: int) -> Neighbours | None:
+        if self._cache is None:
+            return None
+        wanted_N = np.zeros(len(self.clips), dtype=np.bool_)
+        for _, rows_B in self.rows(epoch, start_step):
+            wanted_N[rows_B] = True
+        return Neighbours(self.clips, self._store, self._cache, wanted_N)
 
     def _fill(
         self, place: ClipPlace, view: View | TsnView | None, slot_TCHW: Tensor, fetched: Callable[[], bytes]
@@ -245,25 +259,19 @@ def decode_frames(members: bytes) -> UInt8[Tensor, "T 3 H W"]:
 
 def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_TCHW: Tensor) -> None:
     """The view of each frame into its slot; only the part of a JPEG that shows it is decoded, if the JPEG has parts."""
-    size = slot_TCHW.shape[-1]
-    crop: JpegCrop | None = None
-    window = Window(0, 0, 0, 0, False)
-    for jpeg, slot_1CHW in zip(jpegs, slot_TCHW.split(1), strict=True):
-        if crop is None or not crop.header.begins(jpeg):  # frames of a clip have the same header
-            header = JpegHeader.of(jpeg)
-            window = window_of(view, header.height, header.width, size)
-            crop = JpegCrop(header, *window[:4])
-            window = window._replace(top=window.top - crop.top, left=window.left - crop.left)
-        image_CHW = decode_jpeg(crop.crop(jpeg))
-        # One operator cuts the window out: each lets go of the interpreter and waits for it again. Of the decoder's
-        # layout, channels last, which PyTorch resizes three times as fast and would not see in image_CHW[None].
-        of_colour, of_row, of_pixel = image_CHW.stride()
-        window_1CHW = image_CHW.as_strided(
-            (1, 3, window.height, window.width),
-            (image_CHW.numel(), of_colour, of_row, of_pixel),
-            window.top * of_row + window.left * of_pixel,
-        )
-        resize_into(window_1CHW, window.flip, slot_1CHW)
+    start = 0
+    while start < len(jpegs):
+        header = JpegHeader.of(jpegs[start])
+        stop = start + 1
+        while stop < len(jpegs) and header.begins(jpegs[stop]):  # as all frames of a clip do
+            stop += 1
+        window = window_of(view, header.height, header.width, slot_TCHW.shape[-1])
+        crop = JpegCrop(header, *window[:4])
+        data, lengths = crop.crop(jpegs[start:stop])
+        top, left = window.top - crop.top, window.left - crop.left
+        decode = decode_window()
+        decode(torch.frombuffer(data, dtype=torch.uint8), lengths, top, left, *window[2:], slot_TCHW[start:stop])
+        start = stop
 
 
 def _fetch(store: Store, place: ClipPlace) -> bytes:
@@ -276,9 +284,13 @@ def _fetch(store: Store, place: ClipPlace) -> bytes:
         if type(error) is not StoreError:
             raise
         raise BadClip(f"{_named(store, place)} cannot be read ({error}): {_REMEDY}") from error
-    if hashlib.sha256(members).hexdigest() != place.sha256:
+    if not _is_packed(members, place):
         raise BadClip(f"{_named(store, place)} is not what was packed (its digest differs): {_REMEDY}")
     return members
+
+
+def _is_packed(members: bytes, place: ClipPlace) -> bool:
+    return hashlib.sha256(members).hexdigest() == place.sha256
 
 
 _REMEDY = "run tavlad verify to see what else is damaged, and pack the set again with tavlad pack --repair"

@@ -34,7 +34,9 @@ def _difference(device: torch.device, view: View | TsnView | None, size: int) ->
 @pytest.mark.parametrize("view", [None, *VIEWS[::7], TSN_VIEWS[0], TSN_VIEWS[101]])
 @pytest.mark.parametrize("size", [64, 112])
 def test_a_view_is_the_cpus_but_for_rounding(view: View | TsnView | None, size: int) -> None:
-    assert _difference(_CPU, view, size).max() <= 1
+    difference = _difference(_CPU, view, size)
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.1, "nearly all are equal"
 
 
 @pytest.mark.needs_gpu
