@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-fast chaos long fuzz rehearsal fresh-model screenshots check audit format install lock clean help
+.PHONY: demo test test-fast chaos long fuzz rehearsal rehearse-hmdb51 fresh-model screenshots check audit format install lock \
+	clean help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(INSTALLED)  ## render videos (or VIDEOS=DIR), pack, train, register, predict, report
 	@$(BIN)/tavlad demo $(if $(VIDEOS),--videos "$(VIDEOS)")
@@ -29,6 +30,9 @@ fuzz: $(INSTALLED)  ## 2,000 malformed inputs of each kind
 
 rehearsal: $(INSTALLED)  ## a site of four hosts on this machine, one of which dies in mid-training; as root
 	@$(BIN)/python -m tests.rehearsal
+
+rehearse-hmdb51: $(INSTALLED)  ## HMDB51's whole protocol on 6,766 stand-in videos with the official split files
+	@$(BIN)/python -m tests.rehearse_hmdb51
 
 fresh-model: $(INSTALLED)  ## a registered model in a new environment with nothing of ours predicts as evaluated
 	@$(BIN)/python -m pytest tests/ray_jobs/test_fresh_model.py

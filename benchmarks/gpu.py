@@ -92,10 +92,10 @@ def _trunk(bench: Bench) -> dict[str, Any]:
     peak, found = _peak_tflops(bench), dict[str, Any]()
     num_clips = bench.batch_sizes[0]
     frames = random_batch(num_clips, bench.crop).frames_BTCHW.to(bench.device)
-    for compiled in (False, True):
+    for name, (compiled, graphs) in {"eager": (False, False), "compile": (True, False), "graphs": (True, True)}.items():
         model = untrained().to(bench.device).eval()
         began = time.perf_counter()
-        model.speed(compile=compiled, recompute=False)
+        model.speed(compile=compiled, cuda_graphs=graphs, recompute=False)
 
         def run(model: nn.Module = model) -> None:
             with torch.no_grad(), autocast(bench.device, "bf16"):
@@ -105,7 +105,6 @@ def _trunk(bench: Bench) -> dict[str, Any]:
         bench.wait()
         first, seconds = time.perf_counter() - began, bench.seconds(run)
         tflops = num_clips * 2e9 * GMAC_TRUNK * (bench.crop / 224) ** 2 / seconds / 1e12
-        name = "compile" if compiled else "eager"
         found[name] = {"clips_per_second": num_clips / seconds, "first_s": first, "of_the_peak": tflops / peak}
     return found | {"peak_bf16_tflops": peak}
 
@@ -154,6 +153,7 @@ def _steps(bench: Bench, stage: StageConfig, number: int) -> dict[str, Any]:
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     if number == 2:
         ways |= {"recompute": {"recompute": True}, "compile": {"compile": True}}
+        ways["graphs"] = {"compile": True, "cuda_graphs": True}
     for size in bench.batch_sizes:
         batch = random_batch(size, bench.crop)
         if bench.device.type == "cuda":
@@ -174,8 +174,8 @@ def _steps(bench: Bench, stage: StageConfig, number: int) -> dict[str, Any]:
     return found
 
 
-def _loader(bench: Bench, num_clips: int, batch_size: int) -> Any:
-    """The packed set's clips over and over, as many as a split has."""
+def _loader(bench: Bench, num_clips: int, batch_size: int, *, on_gpu: bool = False) -> Any:
+    """The packed set's clips over and over, as many as a split has; decoded by the CPU or by the device."""
     from shards.index import load_index
     from shards.read import ClipLoader, LoaderOptions
     from shards.store import open_store
@@ -191,15 +191,20 @@ def _loader(bench: Bench, num_clips: int, batch_size: int) -> Any:
         shuffle=True,
         num_threads=os.cpu_count() or 1,
         pin_memory=bench.device.type == "cuda",
+        gpu=bench.device if on_gpu else None,
     )
     return ClipLoader(repeated(load_index(store), num_clips), store, 1, "train", options)
 
 
 def _reading(bench: Bench) -> dict[str, Any]:
-    loader = _loader(bench, 16 if bench.smoke else 1600, bench.batch_sizes[0])
-    began = time.perf_counter()
-    clips = sum(len(batch.keys) for batch in loader.epoch(0))
-    return {"clips_per_second": clips / (time.perf_counter() - began), "threads": loader.options.num_threads}
+    found: dict[str, Any] = {}
+    for name, on_gpu in {"decoded by the CPU": False, "decoded by the GPU": True}.items():
+        loader = _loader(bench, 16 if bench.smoke else 1600, bench.batch_sizes[0], on_gpu=on_gpu)
+        began = time.perf_counter()
+        clips = sum(len(batch.keys) for batch in loader.epoch(0))
+        seconds = time.perf_counter() - began
+        found[name] = {"clips_per_second": clips / seconds, "threads": loader.options.num_threads}
+    return found
 
 
 def _epochs(bench: Bench, whole_schedule: bool) -> dict[str, Any]:

@@ -37,11 +37,13 @@ from tavlad.codebook import descriptors_of, learn_words, sample_maps
 from tavlad.config import CodebookConfig, ModelConfig, StageConfig, TrainingConfig
 from tavlad.frozen import normalise
 from tavlad.model import TaVlad
+from tavlad.parallel import autocast, quick_precision
 from tavlad.train import Batches, Listeners, StagePlan, fit
 from tavlad.trunk import TrunkMaps, TrunkNetwork
 from tavlad.vlad import VisualWords
 
 BATCH_SIZE, CROP = 8, 224
+QUICK = quick_precision("cpu")
 GMAC_TRUNK = 92.0  # of a clip: ResNet-34 forward
 WIDTHS, RATES = (64, 128, 256), (3e-3, 1e-2, 3e-2)
 
@@ -74,7 +76,7 @@ def _model(config: ModelConfig, num_actions: int, words: VisualWords | None = No
 
 def _words(config: ModelConfig, num_actions: int, loader: ClipLoader) -> VisualWords:
     """Of as many frames as give a few hundred descriptors a word."""
-    maps = sample_maps(_model(config, num_actions), loader.epoch(0), CodebookConfig(frames_per_video=8), 0, "bf16")
+    maps = sample_maps(_model(config, num_actions), loader.epoch(0), CodebookConfig(frames_per_video=8), 0, QUICK)
     return learn_words(descriptors_of(maps), config, seed=0)
 
 
@@ -124,7 +126,7 @@ def _train(
 
 def _head_share(model: TaVlad, features: FeatureBatches) -> float:
     """Share of a step from features that GRU and classifier take, forward and backward."""
-    whole = statistics.median(_train(model, features, "bf16") for _ in range(3)) / features.num_steps
+    whole = statistics.median(_train(model, features, QUICK) for _ in range(3)) / features.num_steps
     (batch, *_) = features.epoch(0)
     with torch.no_grad():
         maps = model.describe(batch.inputs(torch.device("cpu")))
@@ -134,7 +136,7 @@ def _head_share(model: TaVlad, features: FeatureBatches) -> float:
     seconds: list[float] = []
     for _ in range(3):
         started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), QUICK):
             clip = model._over_time(vlad_BTKD)  # pyright: ignore[reportPrivateUsage]
             logits = model.classifier(torch.nn.functional.normalize(clip, dim=-1).flatten(1))
         logits.float().logsumexp(dim=1).sum().backward()
@@ -158,17 +160,17 @@ def _sweep(
 ) -> _Swept:
     config, actions = ModelConfig(trunk=options.trunk, weights="none"), len(index.actions)
     epochs = options.epochs
-    frames = _train(_model(config, actions, words), _loader(index, store, 40, cache), "bf16", epochs=epochs)
+    frames = _train(_model(config, actions, words), _loader(index, store, 40, cache), QUICK, epochs=epochs)
     started = time.perf_counter()
     loader = _loader(index, store, options.views, cache)
     model = _model(config, actions)
-    features_set = _features(model, index, features, "bf16")
-    extract = Extractor(model, torch.device("cpu"), "bf16")
+    features_set = _features(model, index, features, QUICK)
+    extract = Extractor(model, torch.device("cpu"), QUICK, "last")
     _fill(features_set, loader, extract, options.views)
     filled = time.perf_counter()
     for lr, width in product(RATES, WIDTHS):
         trial = _model(replace(config, gru_width=width), actions, words)
-        _train(trial, FeatureBatches(loader, features_set, 1, extract, cache), "bf16", epochs=epochs, lr=lr)
+        _train(trial, FeatureBatches(loader, features_set, 1, extract, cache), QUICK, epochs=epochs, lr=lr)
     return _Swept(frames=frames, filling=filled - started, trials=time.perf_counter() - filled)
 
 
@@ -193,14 +195,14 @@ def main() -> None:
         words = _words(config, len(index.actions), loader)
         plain, fast, stored = (_model(config, len(index.actions), words) for _ in range(3))
         plain._frozen_trunk = _PlainTrunk(plain.trunk)  # type: ignore[assignment]
-        features = _features(stored, index, open_store(str(root / "features")), "bf16")
-        extract = Extractor(stored, torch.device("cpu"), "bf16")
+        features = _features(stored, index, open_store(str(root / "features")), QUICK)
+        extract = Extractor(stored, torch.device("cpu"), QUICK, "last")
         _fill(features, loader, extract, 1)
         batches = FeatureBatches(loader, features, 1, extract, cache)
         runs: dict[str, Callable[[], float]] = {
             "frames, float32, plain": lambda: _train(plain, loader, "float32"),
-            "frames, bf16, folded, channels last": lambda: _train(fast, loader, "bf16"),
-            _STORED: lambda: _train(stored, batches, "bf16"),
+            f"frames, {QUICK}, folded, channels last": lambda: _train(fast, loader, QUICK),
+            _STORED: lambda: _train(stored, batches, QUICK),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(options.repeats + 1):

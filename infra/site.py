@@ -29,6 +29,11 @@ _KEYS = {  # key of a site file -> variable that overrides it
 }
 _OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1", "s3_keys": ENVIRONMENT}
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the entrypoint of a submitted job
+_THREADS = {
+    # torch's threads sleep where they wait for each other. Spinning, they take the processor from whom they wait for:
+    # beside other work a forward pass took nine times as long (docs/LOG.md, 2026-11-25).
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 _MLFLOW = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout is the verb's
@@ -96,10 +101,11 @@ class Site:
         No secret is in it, since Ray's dashboard shows it: for `local` the keys are read from the state folder, and the
         nodes of another site have its S3 keys in their own environment.
         """
+        threads = {name: os.environ.get(name, value) for name, value in _THREADS.items()}
         if self.state is not None:
             cache = os.environ.get("TAVLAD_CACHE")
-            return {"TAVLAD_HOME": str(self.state)} | ({"TAVLAD_CACHE": cache} if cache else {})
-        return {
+            return threads | {"TAVLAD_HOME": str(self.state)} | ({"TAVLAD_CACHE": cache} if cache else {})
+        return threads | {
             "TAVLAD_RAY_ADDRESS": self.ray_address,
             "TAVLAD_RAY_DASHBOARD": self.ray_dashboard,
             "TAVLAD_S3_ENDPOINT": self.s3.endpoint_url or "",
@@ -153,7 +159,7 @@ def activate(site: Site) -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a sweep's results are ours, not files of Ray Tune's
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # and so is what is shown of it
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a dead worker is seen sooner than after 2 s
-    for name, value in _MLFLOW.items():
+    for name, value in (_MLFLOW | _THREADS).items():
         os.environ.setdefault(name, value)
     os.environ.update(_without_proxy(os.environ))
 

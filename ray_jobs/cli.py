@@ -143,6 +143,10 @@ def pack(
         Literal["frames", "video"],
         typer.Option("--format", help="JPEGs of the frames, or the files as they are."),
     ] = "frames",
+    modality: Annotated[
+        Literal["rgb", "flow", "difference"],
+        typer.Option(help="What the frames show: the video, its optical flow, or differences of its frames."),
+    ] = "rgb",
     num_frames: Annotated[int, typer.Option(help="Frames of a clip, uniform over time.")] = 25,
     short_side: Annotated[int, typer.Option(help="Pixels of a frame's short side, at most.")] = 256,
     jpeg_quality: Annotated[int, typer.Option(help="Of the packed frames, 1 to 100.")] = 90,
@@ -160,6 +164,8 @@ def pack(
     `tavlad pack videos/ --name mine`  (a folder per action)
 
     `tavlad pack hmdb51_org/ --name hmdb51 --layout hmdb51 --splits testTrainMulti_7030_splits/`
+
+    `tavlad pack videos/ --name mine-flow --modality flow`  (for a second, motion stream)
     """
     _hand_over()  # before looking at the videos, which only the cluster may see
     from shards.datasets import scan
@@ -168,6 +174,7 @@ def pack(
     video_set = scan(name, videos.absolute(), layout, splits, seed=seed)
     options = PackOptions(
         format=pack_format,
+        modality=modality,
         num_frames=num_frames,
         short_side=short_side,
         jpeg_quality=jpeg_quality,
@@ -251,14 +258,23 @@ def features(
     views: Annotated[
         int | None, typer.Option(min=1, max=40, help="Views of a training clip (instead of training.num_views).")
     ] = None,
+    stage: Annotated[
+        int,
+        typer.Option(min=1, max=2, help="For stage 1, the trunk's last maps; for stage 2, those below its last block."),
+    ] = 1,
     dataset: DatasetOption = None,
     change: SetOption = None,
 ) -> None:
     """Compute a frozen trunk's features of every view once, for all trainings and sweeps that follow.
 
     A training that finds them does not run the trunk in its first stage; one that does not writes what it computes.
+    Those of stage 2 are used where the recipe says so (stage2.features).
 
-    Example: `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 8`
+    Examples:
+
+    `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 8`
+
+    `tavlad features ta-vlad --dataset hmdb51 --split 1 --views 4 --stage 2`
     """
     from ray_jobs.recipe import load_recipe
 
@@ -266,7 +282,8 @@ def features(
     site, console = _site(), _console()
     from ray_jobs.features import fill_features
 
-    filled = fill_features(site, loaded, split, views, console)
+    learned = loaded.stage1 if stage == 1 else loaded.stage2
+    filled = fill_features(site, loaded, split, views, console, learned)
     console.say(f"  {filled.num_entries} clip views, {filled.num_bytes / 1e9:.2f} GB, at {filled.uri}")
     console.result(dataclasses.asdict(filled))
 
@@ -377,15 +394,35 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="A packed set: name, s3:// URI or folder.")],
     split: SplitOption = 1,
     part: Annotated[Literal["train", "test"], typer.Option(help="Which part of the split.")] = "test",
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--fuse", metavar="MODEL=SET", help="Another model and its set of the same videos; repeatable."),
+    ] = None,
 ) -> None:
     """Score a model on a part of a split: top-1, top-5, mean class accuracy, and each action's.
 
-    Example: `tavlad evaluate tavlad-hmdb51-split1@best --dataset hmdb51 --split 1`
-    """
-    site, console = _site(), _console()
-    from ray_jobs.evaluate import evaluate_model
+    With `--fuse` several models answer together: their probabilities are averaged, with equal weights.
 
-    evaluation = evaluate_model(site, model, dataset, split, part, console)
+    Examples:
+
+    `tavlad evaluate tavlad-hmdb51-split1@best --dataset hmdb51 --split 1`
+
+    `tavlad evaluate tavlad-hmdb51-split1@best --dataset hmdb51 --fuse tavlad-hmdb51-flow-split1@best=hmdb51-flow`
+    """
+    pairs = [(model, dataset)]
+    for pair in also or []:
+        other, equals, other_set = pair.rpartition("=")
+        if not (equals and other and other_set):
+            raise ValueError(f"--fuse {pair}: write it as MODEL=SET, such as tavlad-mine-flow-split1@best=mine-flow")
+        pairs.append((other, other_set))
+    site, console = _site(), _console()
+    from ray_jobs.evaluate import evaluate_model, fuse_evaluations
+
+    evaluations = [evaluate_model(site, each, its_set, split, part, console) for each, its_set in pairs]
+    for (each, its_set), alone in zip(pairs, evaluations, strict=True):
+        if len(pairs) > 1:
+            console.say(f"  {each} on {its_set} alone: {part}/top1 {alone.scores.top(1):.1%}")
+    evaluation = fuse_evaluations(evaluations)
     scores = evaluation.scores
     rows = [
         [action, str(row.sum()), f"{row[label] / max(1, row.sum()):.1%}"]

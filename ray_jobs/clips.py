@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from shards.clip_bytes import decode_jpeg, encode_jpeg
+from shards.motion import decode_motion, motion_of_frames
 from shards.transforms import crop_clip
 from shards.video import VideoError, decode_clip, decode_windows
 from tavlad.checkpoint import ModelCard
@@ -68,12 +69,16 @@ class UnusableVideo:
 
 def clip_of(source: Source, card: ModelCard) -> UInt8[Tensor, "T 3 crop crop"]:
     """The frames a model sees of a video: what packing and evaluation would have made of it."""
+    modality = card.model.modality
     if isinstance(source, np.ndarray):
         indices = uniform_frame_indices(len(source), card.num_frames)
-        frames_TCHW = torch.from_numpy(np.ascontiguousarray(source[indices]))
+        chosen_TCHW = source[indices] if modality == "rgb" else motion_of_frames(source, indices, modality)
+        frames_TCHW = torch.from_numpy(np.ascontiguousarray(chosen_TCHW))
         is_cropped = frames_TCHW.shape[-2:] == (card.crop, card.crop)
         return frames_TCHW if is_cropped else crop_clip(frames_TCHW, None, card.crop)
-    return _as_packed(decode_clip(source, card.num_frames, card.short_side).frames_THWC, card)
+    if modality == "rgb":
+        return _as_packed(decode_clip(source, card.num_frames, card.short_side).frames_THWC, card)
+    return _as_packed(decode_motion(source, card.num_frames, card.short_side, modality).frames_THWC, card)
 
 
 def clips_of(video: str, source: Source, card: ModelCard, windows: Windows | None) -> Iterator[SeenClip]:
@@ -81,6 +86,8 @@ def clips_of(video: str, source: Source, card: ModelCard, windows: Windows | Non
     if windows is None or isinstance(source, np.ndarray):
         yield SeenClip(video=video, start=None, end=None, frames_TCHW=clip_of(source, card))
         return
+    if card.model.modality != "rgb":
+        raise ValueError(f"a model of {card.model.modality} sees whole videos: leave the windows out, or cut the video")
     for window in decode_windows(source, card.num_frames, card.short_side, windows.seconds, windows.stride):
         frames_TCHW = _as_packed(window.frames_THWC, card)
         yield SeenClip(video=video, start=window.start, end=window.end, frames_TCHW=frames_TCHW)

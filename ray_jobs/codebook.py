@@ -123,7 +123,7 @@ def _sample(
         crop=recipe.training.crop,
         augment=False,
         shuffle=True,
-        num_threads=recipe.resources.loader_threads,
+        num_threads=recipe.resources.unmeasured_threads,
     )
     cache = node_cache(site, recipe.resources.disk_cache, index)
     loader = ClipLoader(index, store, split, "train", options, cache=cache)

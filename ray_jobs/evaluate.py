@@ -1,6 +1,7 @@
 """tavlad evaluate: a model's scores on one part of a set's split."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from shards.read import ClipLoader, LoaderOptions
 from shards.store import open_store
 from tavlad.checkpoint import load_model
 from tavlad.evaluate import evaluate
-from tavlad.metrics import Scores
+from tavlad.metrics import Scores, fuse
 
 _BATCH_SIZE = 8
 
@@ -42,6 +43,11 @@ def evaluate_model(
     return result_of(task.remote(site.name, model, dataset, split, part))
 
 
+def fuse_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """What several models say together of the same clips, each in its own set of them: see `fuse`."""
+    return Evaluation(scores=fuse([each.scores for each in evaluations]), actions=evaluations[0].actions)
+
+
 @ray.remote(num_cpus=1, max_calls=1)  # its process ends, and gives the model's memory back
 def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal["train", "test"]) -> Evaluation:
     site = load_site(site_name)
@@ -49,10 +55,12 @@ def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal
         model, card = load_model(fetch_model(site.mlflow_uri, name, Path(folder) / "model"))
     store = open_store(locate_set(site, dataset), site.s3)
     index = load_index(store)
-    if index.actions != card.actions or index.num_frames != card.num_frames:
+    known = (card.actions, card.num_frames, card.model.modality)
+    if (index.actions, index.num_frames, index.modality) != known:
         raise ValueError(
-            f"{name} tells {len(card.actions)} actions apart in clips of {card.num_frames} frames, and {store.uri} has "
-            f"{len(index.actions)} actions in clips of {index.num_frames}: evaluate it on a set like the one it knows"
+            f"{name} tells {len(card.actions)} actions apart in clips of {card.num_frames} frames "
+            f"({card.model.modality}), and {store.uri} has {len(index.actions)} actions in clips of {index.num_frames} "
+            f"({index.modality}): evaluate it on a set like the one it knows"
         )
     options = LoaderOptions(batch_size=_BATCH_SIZE, seed=0, crop=card.crop, augment=False, shuffle=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

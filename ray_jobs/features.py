@@ -1,4 +1,5 @@
-"""tavlad features: a frozen trunk's maps of every view of a split's clips, computed once by a pool of actors."""
+"""tavlad features: maps of the frozen part of a trunk, of every view of a split's clips, computed once by a pool of
+actors; and whether a stage is to learn from them."""
 
 import dataclasses
 import json
@@ -7,7 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -19,18 +20,18 @@ from ray_jobs.console import Console
 from ray_jobs.feature_batches import entries_of
 from ray_jobs.plan import TrainingPlan, open_set
 from ray_jobs.recipe import Recipe
-from shards.features import CENTRE_SLOT, FeatureSet, FeatureShard, FeatureTable, fingerprint, other_sets
+from shards.features import CENTRE_SLOT, EARLY_MAP, FeatureSet, FeatureShard, FeatureTable, fingerprint, other_sets
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
 from shards.read_ahead import read_ahead
 from shards.store import Store, open_store
 from shards.transforms import VIEWS, views_of
-from tavlad.clip import Features
+from tavlad.clip import FeatureKind, Features
 from tavlad.config import StageConfig
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
 
-_DECISION = "features.json"
+_DECISIONS = {1: "features.json", 2: "features-stage2.json"}
 _FORMAT = 1  # raise it when the same facts would no longer give the same features
 _GIGABYTE = 1_000_000_000
 _VIEWS_BYTES = 64_000_000  # of what an actor computes at a time for a sweep: lost if it dies
@@ -51,13 +52,15 @@ class Filled:
     was_there: bool
 
 
-def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None, console: Console) -> Filled:
-    """Fill the feature set of the recipe's data set and trunk with what `split` needs; what is there is kept."""
+def fill_features(
+    site: Site, recipe: Recipe, split: int, num_views: int | None, console: Console, stage: StageConfig
+) -> Filled:
+    """Fill the feature set of the recipe's data set, trunk and stage with what `split` needs; what is there is kept."""
     num_views = num_views or recipe.training.num_views
     _, index = open_set(site, recipe.dataset, recipe)
     connect(site)
     model, provenance = build_untrained(site, recipe, len(index.actions))
-    features = feature_set(site, recipe, index, model, provenance)
+    features = feature_set(site, recipe, index, model, provenance, stage.feature_kind)
     del model
     plan = features.plan(index, split, num_views)
     num_entries = sum(len(shard.rows) for shard in plan)
@@ -81,13 +84,31 @@ def fill_features(site: Site, recipe: Recipe, split: int, num_views: int | None,
     return filled
 
 
-def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str) -> FeatureSet:
-    """The feature set of a data set, a trunk and the way it is run; empty until filled."""
+def may_use_features(recipe: Recipe, stage: StageConfig, model: TaVlad) -> bool:
+    """Whether it is a question at all. A recipe that insists on what cannot be is refused by `feature_set`."""
+    if stage.features == "never" or recipe.training.views != "corner-scale" or model.trunk.joins_frames:
+        return False
+    return stage.features == "always" or stage.feature_kind == "last" or model.trunk.has_early_map
+
+
+def feature_set(
+    site: Site, recipe: Recipe, index: Index, model: TaVlad, provenance: str, kind: FeatureKind
+) -> FeatureSet:
+    """The feature set of a data set, a trunk, which of its maps, and the way it is run; empty until filled. ValueError
+    for a trunk that has no such map, or that joins frames: features are kept of frames alone."""
+    if model.trunk.joins_frames:
+        raise ValueError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
     training = recipe.training
+    if kind == "early" and not model.trunk.has_early_map:
+        raise ValueError(
+            f'model.trunk = "{recipe.model.trunk}" is not cut below its last block, so nothing of it can be stored for '
+            'a stage that trains the trunk: set the stage\'s features = "never"'
+        )
     device = next(model.parameters()).device
     blank = torch.zeros(1, 1, 3, training.crop, training.crop, dtype=torch.uint8, device=device)
     with torch.no_grad():
-        size, height, width = model.features(blank, with_activation=False).maps_BTDHW.shape[2:]
+        seen = model.early_features(blank) if kind == "early" else model.features(blank, with_activation=False)
+    size, height, width = seen.maps_BTDHW.shape[2:]
     facts: dict[str, str | int] = {
         "format": _FORMAT,
         "name": index.name,
@@ -95,7 +116,7 @@ def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provena
         "subset": str(training.subset),
         # Random weights are a function of the seed.
         "weights": provenance if recipe.model.weights != "none" else f"{provenance} seed {training.seed}",
-        "map": model.described_map,
+        "map": EARLY_MAP if kind == "early" else model.described_map,
         "precision": training.precision,
         "dtype": recipe.features.dtype,
         "crop": training.crop,
@@ -105,6 +126,14 @@ def feature_set(site: Site, recipe: Recipe, index: Index, model: TaVlad, provena
         "height": height,
         "width": width,
     }
+    if kind == "early":  # whole trunks always store their activation
+        has_activation = seen.activation_BTHW is not None
+        places = seen.activation_BTHW.shape[2:] if seen.activation_BTHW is not None else (0, 0)
+        facts |= {
+            "activation": "of a frozen trunk" if has_activation else "none",
+            "activation_height": places[0],
+            "activation_width": places[1],
+        }
     name = f"{index.name}-{fingerprint(facts)[:16]}"
     return FeatureSet(open_store(f"{site.features_uri}/{name}", site.s3), facts)
 
@@ -123,17 +152,20 @@ def feature_loader(recipe: Recipe, index: Index, store: Store, num_threads: int)
 
 
 class Extractor:
-    """A model's trunk on this process's device."""
+    """What is frozen of a model's trunk, on this process's device."""
 
-    def __init__(self, model: TaVlad, device: torch.device, precision: str) -> None:
+    def __init__(self, model: TaVlad, device: torch.device, precision: str, kind: FeatureKind) -> None:
         self._model = model.to(device).eval()
         self._device = device
         self._precision = precision
+        self._kind: FeatureKind = kind
 
     @torch.no_grad()
     def __call__(self, frames_BTCHW: torch.Tensor) -> Features:
-        """The features of clips, with their activation if the trunk has one."""
+        """The features of clips; of whole trunks with their activation, if there is one."""
         with autocast(self._device, self._precision):
+            if self._kind == "early":
+                return self._model.early_features(frames_BTCHW.to(self._device))
             has_activation = self._model.trunk.has_activation_maps
             return self._model.features(frames_BTCHW.to(self._device), with_activation=has_activation)
 
@@ -224,8 +256,8 @@ class _Filler:
         self._features = features
         model, _ = build_untrained(site, recipe, len(self._index.actions))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._extract = Extractor(model, device, recipe.training.precision)
-        self._loader = feature_loader(recipe, self._index, store, recipe.resources.loader_threads)
+        self._extract = Extractor(model, device, recipe.training.precision, features.kind)
+        self._loader = feature_loader(recipe, self._index, store, recipe.resources.unmeasured_threads)
 
     def seconds_per_clip(self) -> float:
         clips = range(min(_PROBED_CLIPS, len(self._index.clips_table)))
@@ -256,7 +288,7 @@ class _Filler:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What a stage on a frozen trunk asks of it."""
+    """What a stage asks of the frozen part of its trunk."""
 
     train_clips: int
     test_clips: int
@@ -309,7 +341,7 @@ def decide(wanted: str, load: Workload, rates: Rates, entry_bytes: int, budget_g
     saved = load.from_frames - load.from_features
     frames = load.from_frames * rates.compute
     features = load.from_features * (rates.compute + rates.write) + max(0, saved) * rates.read
-    times = f"the trunk takes about {_minutes(features)} instead of {_minutes(frames)}"
+    times = f"what is frozen takes about {_minutes(features)} instead of {_minutes(frames)}"
     if wanted == "always" or saved * rates.compute > _WORTH * (features - load.from_features * rates.compute):
         return Decision(use_features=True, reason=f"from features ({size}): {times}")
     return Decision(use_features=False, reason=f"from frames: with features ({size}) {times}")
@@ -318,28 +350,28 @@ def decide(wanted: str, load: Workload, rates: Rates, entry_bytes: int, budget_g
 def decide_once(
     site: Site,
     plan: TrainingPlan,
-    stage: StageConfig,
+    number: Literal[1, 2],
     features: FeatureSet,
     extract: Extractor,
     train: ClipLoader,
     test: ClipLoader,
 ) -> Decision:
-    """The decision of a training, made at its first start and kept: a resumed training computes what it would have."""
-    store = open_store(plan.uri, site.s3)
-    if store.exists(_DECISION):
-        return Decision(**json.loads(store.read(_DECISION)))
+    """The decision for a stage, made at a training's first start and kept: resumed, it computes what it would have."""
+    store, stage = open_store(plan.uri, site.s3), dict(plan.stages)[number]
+    if store.exists(_DECISIONS[number]):
+        return Decision(**json.loads(store.read(_DECISIONS[number])))
     recipe, num_views = plan.recipe, plan.recipe.training.num_views if plan.recipe.training.augment else 1
     load = Workload(
         train_clips=train.num_clips,
         test_clips=test.num_clips,
-        epochs=stage.epochs,
+        epochs=stage.epochs * stage.passes(train.num_steps),
         evaluations=-(-stage.epochs // recipe.training.evaluate_every),
         num_views=num_views,
         num_present=count_present(features, [train, test], plan.split, num_views),
     )
     rates = measure_rates(extract, train, features)
     decision = decide(stage.features, load, rates, features.entry_bytes, recipe.features.budget_gigabytes)
-    store.write(_DECISION, json.dumps(dataclasses.asdict(decision)).encode())
+    store.write(_DECISIONS[number], json.dumps(dataclasses.asdict(decision)).encode())
     return decision
 
 

@@ -71,9 +71,16 @@ def absolute(place: str) -> str:
 
 
 def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
-    """The set a recipe trains on, or the share of it that the recipe rehearses with."""
+    """The set a recipe trains on, or the share of it that the recipe rehearses with; ValueError for a set of another
+    modality than the recipe's."""
     store = open_store(locate_set(site, dataset), site.s3)
-    return store, share_of(load_index(store), recipe.training.subset)
+    index = load_index(store)
+    if index.modality != recipe.model.modality:
+        raise ValueError(
+            f"{index.name!r} is a set of {index.modality} and model.modality is {recipe.model.modality!r}: add "
+            f"--set model.modality={index.modality}, or choose a set packed with --modality {recipe.model.modality}"
+        )
+    return store, share_of(index, recipe.training.subset)
 
 
 def node_cache(site: Site, gigabytes: float, index: Index) -> DiskCache | None:
@@ -90,12 +97,18 @@ def checkpoint_name(stage: int, epochs_done: int, steps_done: int = 0) -> str:
 
 def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
     """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
+    recipe.model.require_network()
+    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
+        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
+    return plan_run(site, recipe, split)
+
+
+def plan_run(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
+    """`plan_training` of anything that a recipe names, a network or not."""
     dataset_uri = locate_set(site, recipe.dataset)
     _, index = open_set(site, recipe.dataset, recipe)
     for part in ("train", "test"):
         index.clips(split, part)  # refuses a part without clips
-    if recipe.stage1.epochs + recipe.stage2.epochs == 0:
-        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
     fingerprint = recipe.fingerprint(
         set=index.fingerprint, split=split, weights=digest_of_weights(site, recipe), format=_RESULT_FORMAT
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tavlad.config import Modality
+
 Paper = Literal["hmdb51", "ucf101"]
 
 _FILE = Path(__file__).with_name("published.toml")
@@ -16,10 +18,14 @@ class PublishedRow:
 
     name: str
     recipe: str | None
-    """Ours that runs it; None for a row that is quoted only."""
+    """Ours that runs it; None for a row that is quoted only, or fused."""
     backbone: str
     ours: str
     """Our trunk and what differs, where it is not the row's own; empty otherwise."""
+    modality: Modality
+    """Of the set that it is trained on: "flow" is trained on the set NAME-flow."""
+    fuses: tuple[str, ...]
+    """Recipes of rows whose scores this row averages; it has no training of its own."""
     accuracy: dict[str, float]
     """In %, by data set: of split 1 in Table 1, the average of the splits in Table 2."""
     splits: dict[str, list[float]]
@@ -53,6 +59,8 @@ def _row(values: dict[str, Any]) -> PublishedRow:
         recipe=values.get("recipe"),
         backbone=values.get("backbone", "ResNet-34"),
         ours=values.get("ours", ""),
+        modality=values.get("modality", "rgb"),
+        fuses=tuple(values.get("fuses", ())),
         accuracy=accuracy,
         splits=splits,
     )

@@ -37,8 +37,12 @@ class ResourceConfig:
     """CPUs of one worker."""
     memory_per_worker: float = 0.0
     """GB of memory that one worker reserves; 0 reserves none."""
-    loader_threads: int = 2
-    """Threads of one worker that fetch, decode and crop clips."""
+    loader_threads: int = 0
+    """Threads of one worker that fetch, decode and crop clips. 0: as many as measured rates ask for, within the node's
+    processors."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where packed JPEGs are decoded in training on a GPU: auto: there, if the worker's processors cannot keep up with
+    it. A GPU rounds pixels otherwise."""
     prefetch_batches: int = 4
     """Batches read ahead of the training step."""
     disk_cache: float = 50.0
@@ -57,13 +61,18 @@ class ResourceConfig:
                 f"resources.virtual_ranks = {self.virtual_ranks}: must be at least the number of workers "
                 f'({self.most_workers}) with resources.reduce = "deterministic"'
             )
-        for name in ("loader_threads", "prefetch_batches", "virtual_ranks"):
+        for name in ("prefetch_batches", "virtual_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
         not_negative = ("gpus_per_worker", "cpus_per_worker", "memory_per_worker", "disk_cache", "checkpoint_steps")
-        for name in (*not_negative, "max_restarts", "resize_seconds"):
+        for name in (*not_negative, "loader_threads", "max_restarts", "resize_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
+
+    @property
+    def unmeasured_threads(self) -> int:
+        """`loader_threads`, or a few, for what reads too little to measure."""
+        return self.loader_threads or 2
 
     @property
     def fewest_workers(self) -> int:
@@ -98,11 +107,16 @@ class Recipe:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
 
     def __post_init__(self) -> None:
-        if self.stage1.features == "always" and self.training.views != "corner-scale":
-            raise ValueError(
-                f'stage1.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): of '
-                "TSN's 260 views a clip nothing is stored"
-            )
+        for name, stage in {"stage1": self.stage1, "stage2": self.stage2}.items():
+            if stage.features == "always" and self.training.views != "corner-scale":
+                raise ValueError(
+                    f'{name}.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): '
+                    "of TSN's 260 views a clip nothing is stored"
+                )
+            if stage.features == "always" and self.model.temporal == "conv3d":
+                raise ValueError(
+                    f'{name}.features = "always" needs a trunk of frames: of "conv3d" nothing is stored; choose "never"'
+                )
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, such as "stage1.lr"."""

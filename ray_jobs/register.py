@@ -21,6 +21,7 @@ from shards.store import open_store
 from shards.table import write_table
 from tavlad import figures
 from tavlad.checkpoint import STATE, load_model
+from tavlad.config import NO_ACTIVATION_MAPS
 from tavlad.metrics import Scores
 from tavlad.registry import Registered, register
 from tavlad.tracking import Tracker
@@ -66,6 +67,13 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
         return register_training(site, plan, index, records, console)
 
 
+def finished_scores(site: Site, plan: TrainingPlan) -> Scores:
+    """The scores of a finished training's last epoch on the test part."""
+    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
+        plan.checkpoints(site).fetch(plan.last_checkpoint, Path(folder))
+        return load_scores(Path(folder))
+
+
 def register_training(
     site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console
 ) -> RegisteredRun:
@@ -84,10 +92,9 @@ def register_training(
             records.log_epoch(row)
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
-        if plan.recipe.model.trunk != "vgg16":  # which has no activation maps
+        if plan.recipe.model.trunk not in NO_ACTIVATION_MAPS:
             _draw_attention(site, plan, index, directory, Path(folder) / _ATTENTION)
-        _write_report(site, plan, index, records, scores, history, Path(folder))
-        _log_artifacts(records.parent, plan, index, scores, history, Path(folder))
+        log_results(site, plan, index, records, scores, history, Path(folder))
         run_id = records.parent.run_id(SECONDS_FOR_DELIVERY)
         with tempfile.TemporaryDirectory(prefix="tavlad-") as code:
             model = register(
@@ -108,7 +115,7 @@ def register_training(
                     "training": plan.name,
                 },
                 accuracy=scores.top(1),
-                code=stage_code(Path(code), plan.recipe.model.trunk),
+                code=stage_code(Path(code), plan.recipe.model),
             )
     records.finish()
     moved = "now best" if model.is_best else "best stays where it is"
@@ -139,6 +146,21 @@ def _draw_attention(site: Site, plan: TrainingPlan, index: Index, directory: Pat
         trained.attention(middle_B1CHW)[:, 0].numpy(),
     )
     path.write_bytes(figures.png(figure))
+
+
+def log_results(
+    site: Site,
+    plan: TrainingPlan,
+    index: Index,
+    records: RunRecords,
+    scores: Scores,
+    history: list[dict[str, Any]],
+    folder: Path,
+) -> None:
+    """The report, pictures and tables of a training's scores, made in `folder` and given to its run with all else that
+    is there."""
+    _write_report(site, plan, index, records, scores, history, folder)
+    _log_artifacts(records.parent, plan, index, scores, history, folder)
 
 
 def _write_report(

@@ -13,14 +13,17 @@ from typing import Any, Literal
 
 from infra.site import Site
 from ray_jobs.console import Console
-from ray_jobs.plan import TrainingPlan, plan_training
-from ray_jobs.published import published_table
+from ray_jobs.plan import TrainingPlan, locate_set, plan_run, plan_training
+from ray_jobs.published import PublishedRow, published_table
 from ray_jobs.recipe import Recipe, change_recipe, load_recipe
-from ray_jobs.register import RegisteredRun
+from ray_jobs.register import RegisteredRun, finished_scores
 from ray_jobs.reproduce_report import Entry, Outcome, Reproduction, write_reproduction
+from ray_jobs.tdd import TddRun, run_tdd
 from ray_jobs.train import train
+from shards.index import INDEX_PATH
 from shards.store import open_store
 from tavlad.config import StageConfig
+from tavlad.metrics import fuse
 
 _OUTCOME = "outcome.json"
 
@@ -37,7 +40,7 @@ class ReproduceOptions:
     epochs_scale: float = 1.0
     """What epochs are multiplied by, for rehearsals."""
     changes: tuple[str, ...] = ()
-    """Changes of every recipe, such as "training.batch_size=16"."""
+    """Changes of every recipe, such as "training.batch_size=16", or of one, "ta-vlad:training.batch_size=16"."""
 
     def __post_init__(self) -> None:
         if not 0 < self.subset <= 1:
@@ -45,9 +48,21 @@ class ReproduceOptions:
         if self.epochs_scale <= 0:
             raise ValueError(f"--epochs-scale {self.epochs_scale}: must be above 0")
         known = [row.recipe for row in published_table(self.table) if row.recipe is not None]
-        for row in self.rows:
-            if row not in known:
-                raise ValueError(f"--rows {row}: table {self.table} has the rows {', '.join(known)}")
+        for flag, rows in (("--rows", self.rows), ("--set", [row for row, _ in map(_addressed, self.changes) if row])):
+            for row in rows:
+                if row not in known:
+                    raise ValueError(f"{flag} {row}: table {self.table} has the rows {', '.join(known)}")
+
+    def changes_of(self, recipe: str) -> list[str]:
+        """Those of every recipe, and after them its own."""
+        addressed = [_addressed(change) for change in self.changes]
+        return [change for whose in ("", recipe) for row, change in addressed if row == whose]
+
+
+def _addressed(change: str) -> tuple[str, str]:
+    """The recipe that a change is for, "" for all of them; and the change."""
+    recipe, colon, rest = change.partition(":")
+    return (recipe, rest) if colon and "=" not in recipe else ("", change)
 
 
 def reproduce(
@@ -60,15 +75,16 @@ def reproduce(
     entries = [
         Entry(row=row, dataset=dataset, split=split)
         for dataset in datasets
-        for row in published_table(options.table)
-        if row.recipe is not None and (not options.rows or row.recipe in options.rows)
+        for row in _rows(site, dataset, options)
         for split in ((1,) if options.table == 1 else (1, 2, 3))
     ]
     started = time.monotonic()
     for number, entry in enumerate(entries):
         console.heading(f"[{number + 1}/{len(entries)}] {entry.row.name}: {entry.dataset}, split {entry.split}")
         try:
-            outcome: Outcome | None = _outcome(site, entry, options, console)
+            outcome: Outcome | None = (
+                _fused(site, entry, options) if entry.row.fuses else _outcome(site, entry, options, console)
+            )
             failure = ""
         except ValueError as error:
             outcome, failure = None, str(error)
@@ -79,10 +95,33 @@ def reproduce(
     document = write_reproduction(folder, _described(options, entries, datasets, site))
     _show(entries, console)
     console.say(f"Report: {folder / 'report.html'} ({seconds:.0f} s)")
-    failures = [f"{entry.row.recipe} on {entry.dataset}, split {entry.split}" for entry in entries if entry.failure]
+    failures = [
+        f"{entry.row.recipe or entry.row.name} on {entry.dataset}, split {entry.split}"
+        for entry in entries
+        if entry.failure
+    ]
     if failures:
         raise ValueError(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
     return document
+
+
+def _rows(site: Site, dataset: str, options: ReproduceOptions) -> list[PublishedRow]:
+    """The rows that can be run on a set: those of motion where its motion is packed, fused ones where all parts are."""
+    rows: list[PublishedRow] = []
+    for row in published_table(options.table):
+        chosen = {each.recipe for each in rows}
+        if row.recipe is None:
+            if row.fuses and chosen.issuperset(row.fuses):
+                rows.append(row)
+        elif row.recipe in options.rows or (not options.rows and _is_packed(site, dataset, row)):
+            rows.append(row)
+    return rows
+
+
+def _is_packed(site: Site, dataset: str, row: PublishedRow) -> bool:
+    if row.modality == "rgb":
+        return True  # or it is told what to do
+    return open_store(locate_set(site, f"{dataset}-{row.modality}"), site.s3).exists(INDEX_PATH)
 
 
 def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[str], site: Site) -> Reproduction:
@@ -92,12 +131,16 @@ def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[s
     if options.epochs_scale != 1:
         words.append(f"epochs multiplied by {options.epochs_scale:g}")
     # Resources change who computes, not what.
-    words += [f"{change} in every recipe" for change in options.changes if not change.startswith("resources.")]
+    words += [
+        f"{change} in {row or 'every recipe'}"
+        for row, change in map(_addressed, options.changes)
+        if not change.startswith("resources.")
+    ]
     return Reproduction(
         table=options.table,
         datasets=datasets,
         entries=entries,
-        quoted=[row for row in published_table(options.table) if row.recipe is None],
+        quoted=[row for row in published_table(options.table) if row.recipe is None and not row.fuses],
         departures=words,
         tracking_uri=site.mlflow_uri,
     )
@@ -106,18 +149,52 @@ def _described(options: ReproduceOptions, entries: list[Entry], datasets: list[s
 def _outcome(site: Site, entry: Entry, options: ReproduceOptions, console: Console) -> Outcome:
     """The outcome that is there, else that of the training."""
     assert entry.row.recipe is not None
-    recipe = _scaled(load_recipe(entry.row.recipe, list(options.changes), entry.dataset), options)
-    plan, _ = plan_training(site, recipe, entry.split)
+    recipe = _recipe(entry.row.recipe, entry.trained_on, options)
+    plan, _ = plan_run(site, recipe, entry.split)
     store = open_store(plan.uri, site.s3)
     if store.exists(_OUTCOME):
         console.say(f"  done already: {plan.name}")
         return Outcome(**json.loads(store.read(_OUTCOME)))
     started = time.monotonic()
-    run = train(site, recipe, entry.split, console)
-    assert run is not None, "training registers"
-    outcome = _summary(plan, run, time.monotonic() - started)
+    if recipe.model.temporal == "tdd":
+        run, model = run_tdd(site, recipe, entry.split, console), ""
+    else:
+        run = train(site, recipe, entry.split, console)
+        assert run is not None, "training registers"
+        model = f"{run.model.name} v{run.model.version}"
+    outcome = _summary(run, model, time.monotonic() - started)
     store.write(_OUTCOME, json.dumps(dataclasses.asdict(outcome), indent=1).encode())
     return outcome
+
+
+def _fused(site: Site, entry: Entry, options: ReproduceOptions) -> Outcome:
+    """What the row's trainings say together; they stand before it in the table, and so are done."""
+    started = time.monotonic()
+    rows = {row.recipe: row for row in published_table(options.table)}
+    plans: list[TrainingPlan] = []
+    for name in entry.row.fuses:
+        part = dataclasses.replace(entry, row=rows[name])
+        plan, _ = plan_training(site, _recipe(name, part.trained_on, options), entry.split)
+        if plan.last_checkpoint not in plan.checkpoints(site).names():
+            raise ValueError(f"{name}, which it fuses, is not done")
+        plans.append(plan)
+    scores = fuse([finished_scores(site, plan) for plan in plans])
+    return Outcome(
+        training=" + ".join(plan.name for plan in plans),
+        top1=scores.top(1),
+        mean_class=scores.mean_class,
+        best_on_test=None,
+        num_test_clips=len(scores.keys),
+        epochs=0,
+        wall_seconds=round(time.monotonic() - started, 1),
+        model="",
+        run_url="",
+        history=[],
+    )
+
+
+def _recipe(name: str, dataset: str, options: ReproduceOptions) -> Recipe:
+    return _scaled(load_recipe(name, options.changes_of(name), dataset), options)
 
 
 def _scaled(recipe: Recipe, options: ReproduceOptions) -> Recipe:
@@ -140,16 +217,16 @@ def _fewer(stage: StageConfig, scale: float) -> dict[str, Any]:
     return {"epochs": max(1, round(scale * stage.epochs)), "decay_every": max(1, round(scale * stage.decay_every))}
 
 
-def _summary(plan: TrainingPlan, run: RegisteredRun, wall_seconds: float) -> Outcome:
+def _summary(run: RegisteredRun | TddRun, model: str, wall_seconds: float) -> Outcome:
     return Outcome(
-        training=plan.name,
+        training=run.plan.name,
         top1=run.scores.top(1),
         mean_class=run.scores.mean_class,
-        best_on_test=run.best_on_test,
+        best_on_test=None if isinstance(run, TddRun) else run.best_on_test,
         num_test_clips=len(run.scores.keys),
-        epochs=len(run.history),
+        epochs=0 if isinstance(run, TddRun) else len(run.history),
         wall_seconds=round(wall_seconds, 1),
-        model=f"{run.model.name} v{run.model.version}",
+        model=model,
         run_url=run.run_url,
         history=run.history,
     )

@@ -22,13 +22,14 @@ class Outcome:
     top1: float
     """Of the last epoch: the result."""
     mean_class: float
-    best_on_test: float
-    """The highest of any epoch: chosen on the test part, so not a result."""
+    best_on_test: float | None
+    """The highest of any epoch: chosen on the test part, so not a result. None for what has no epochs."""
     num_test_clips: int
     epochs: int
     wall_seconds: float
     """Of the command that ended it, codebook to registered model; less than all of it if it was resumed."""
     model: str
+    """The registered model; empty for what is no network."""
     run_url: str
     history: list[dict[str, Any]]
     """One row an epoch."""
@@ -45,6 +46,11 @@ class Entry:
     """None as long as it is not done."""
     failure: str = ""
     """Why it could not be done."""
+
+    @property
+    def trained_on(self) -> str:
+        """The packed set of its training, with the same videos and splits as `dataset`."""
+        return self.dataset if self.row.modality == "rgb" else f"{self.dataset}-{self.row.modality}"
 
     @property
     def paper(self) -> float | None:
@@ -177,12 +183,12 @@ def _training_row(entry: Entry) -> list[str]:
     return [
         *first,
         f"<b>{percent(outcome.top1)}</b>",
-        percent(outcome.best_on_test),
+        "–" if outcome.best_on_test is None else percent(outcome.best_on_test),
         paper,
         "–" if difference is None else f"{100 * difference:+.1f}",
         str(outcome.num_test_clips),
         _duration(outcome.wall_seconds),
-        f'<a href="{html.escape(outcome.run_url)}">{html.escape(outcome.model)}</a>',
+        _link(outcome),
     ]
 
 
@@ -211,11 +217,17 @@ def _average_table(report: Reproduction) -> str:
 
 
 def _curves(entry: Entry) -> str:
-    if entry.outcome is None:
+    if entry.outcome is None or not entry.outcome.history:
         return ""
     picture = image(figures.png(figures.training_curves(entry.outcome.history)), "png", "training curves")
     title = f"<b>{html.escape(entry.row.name)}</b>, {html.escape(entry.dataset)}, split {entry.split}"
     return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+
+
+def _link(outcome: Outcome) -> str:
+    """To its run; a fusion has none."""
+    name = html.escape(outcome.model or "run")
+    return f'<a href="{html.escape(outcome.run_url)}">{name}</a>' if outcome.run_url else "–"
 
 
 def _duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ray_jobs.clips import SeenClip, Source, UnusableVideo, Windows, read_ahead
+from tavlad.config import ModelConfig
 from tavlad.predict import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -61,10 +62,11 @@ class ServedModel:
         """The `params["top"]` most probable actions of each video, as (video, rank, action, probability).
 
         `model_input` is one or several of: a path of a video file; its bytes; an array of RGB frames, uint8 of shape
-        (T, 3, H, W), or (B, T, 3, H, W) for several. They come in a list, a 1-d array, a Series or a DataFrame of one
-        column. Arrays of the size the model was trained on are taken as they are; others are cropped as decoded frames
-        are. Videos without a path are named by their place, from "0". `params["attention"]` adds a column `attention`:
-        the maps (T, h, w) in [0, 1] in a video's first row. ValueError names the video that cannot be used.
+        (T, 3, H, W), or (B, T, 3, H, W) for several (all of a video's, for a model of motion). They come in a list, a
+        1-d array, a Series or a DataFrame of one column. Arrays of the size the model was trained on are taken as they
+        are; others are cropped as decoded frames are. Videos without a path are named by their place, from "0".
+        `params["attention"]` adds a column `attention`: the maps (T, h, w) in [0, 1] in a video's first row. ValueError
+        names the video that cannot be used.
         """
         settings = params or {}
         wants_attention = bool(settings.get("attention", False))
@@ -163,15 +165,16 @@ def _load_pyfunc(data_path: str) -> ServedModel:  # pyright: ignore[reportUnused
     return ServedModel(Path(data_path))
 
 
-def stage_code(destination: Path, trunk: str = "") -> "ServedCode":
+def stage_code(destination: Path, model: ModelConfig) -> "ServedCode":
     """Copy this module and those it imports into `destination`, and say how they are to be served.
 
-    Only what is imported at the top of a module counts: imports inside functions are for other uses of it. `trunk` is
-    the model's, for one of timm's needs timm.
+    Only what is imported at the top of a module counts: imports inside functions are for other uses of it. A
+    model whose trunk is one of timm's needs timm, one of motion OpenCV.
     """
     from tavlad.registry import ServedCode
 
-    packages = (*_PACKAGES, "timm") if trunk.startswith("timm:") else _PACKAGES
+    packages = list(_PACKAGES)
+    packages += ["timm"] * model.trunk.startswith("timm:") + ["opencv-python-headless"] * (model.modality != "rgb")
     root = Path(__file__).resolve().parents[1]
     for module in _imported_modules(root):
         copy = destination / module.relative_to(root)

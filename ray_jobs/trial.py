@@ -15,7 +15,7 @@ import torch
 from infra.site import load_site
 from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, codebook_of, load_codebook
-from ray_jobs.feature_batches import FeatureBatches
+from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, feature_set
 from ray_jobs.plan import checkpoint_name, node_cache, open_set
 from ray_jobs.recipe import Recipe
@@ -129,13 +129,13 @@ class _Trial:
         )
         if not self._job.use_features:
             return train, held
-        features = feature_set(self._site, recipe, index, model, provenance)
-        extract = Extractor(model, world.device, recipe.training.precision)
-        learned = FeatureBatches(train, features, split, extract, cache)
+        features = feature_set(self._site, recipe, index, model, provenance, recipe.stage1.feature_kind)
+        extract = Extractor(model, world.device, recipe.training.precision, features.kind)
+        learned, tested = (FeatureBatches(part, features, split, extract, cache) for part in (train, held))
         # The mirror image of a clip is not among what is stored for testing.
-        if recipe.model.mirror_at_test:
-            return learned, held
-        return learned, FeatureBatches(held, features, split, extract, cache)
+        return pooled_if_possible(learned, model, recipe.stage1), (
+            held if recipe.model.mirror_at_test else pooled_if_possible(tested, model, recipe.stage1)
+        )
 
     def _end_epoch(self, model: TaVlad, report: EpochReport) -> None:
         """A checkpoint, written while training goes on, and the row."""
@@ -172,6 +172,6 @@ def trial_loading(recipe: Recipe, *, training: bool) -> LoaderOptions:
         views=recipe.training.views,
         num_views=recipe.training.num_views,
         shuffle=training,
-        num_threads=recipe.resources.loader_threads,
+        num_threads=recipe.resources.unmeasured_threads,
         prefetch_batches=recipe.resources.prefetch_batches,
     )

@@ -19,7 +19,7 @@ from infra.site import Site, load_site
 from ray_jobs.cluster import connect, result_of, room_for
 from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
-from ray_jobs.features import feature_set, fill_views
+from ray_jobs.features import feature_set, fill_views, may_use_features
 from ray_jobs.plan import digest_of_weights, open_set, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
@@ -65,6 +65,8 @@ _DECIDES_FEATURES = (
     "stage1.epochs",
     "stage1.steps",
     "stage1.features",
+    "stage1.trunk",
+    "stage1.fc",
 )
 """Fields that decide which features a trial reads: where one is a dimension, trials compute theirs on their way."""
 
@@ -145,15 +147,14 @@ def _check(site: Site, plan: SweepPlan, index: Index, known: list[Changes] | Non
     seen = plan.held_out(index)
     base = plan.trial_recipe({})
     model, provenance = build_untrained(site, base, len(index.actions))
-    features = feature_set(site, base, index, model, provenance)
-    _, _, height, width = features.shape
+    _, _, height, width = feature_set(site, base, index, model, provenance, "last").shape
     fixed = not {each.field for each in plan.dimensions} & {"model.trunk", "training.crop", "training.subset"}
     num_train = len(seen.clips(plan.training.split, "train"))
     for changes in (known or [extremes(plan.dimensions)]) if fixed else []:
         recipe = plan.trial_recipe(changes)
         if recipe.model.has_vlad:
             require_descriptors(recipe.model, recipe.codebook, num_train, index.num_frames, height * width)
-    return TrialJob(sweep=plan, use_features=base.stage1.features != "never" and base.training.views == "corner-scale")
+    return TrialJob(sweep=plan, use_features=may_use_features(base, base.stage1, model))
 
 
 def _search(
@@ -212,7 +213,7 @@ def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | Non
         return
     base = plan.trial_recipe({})
     model, provenance = build_untrained(site, base, len(index.actions))
-    features = feature_set(site, base, index, model, provenance)
+    features = feature_set(site, base, index, model, provenance, base.stage1.feature_kind)
     wanted = _wanted_views(plan, base, index)
     _check_budget(base, features, len(wanted))
     console.say(f"  features at {features.store.uri}")

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray.train
@@ -17,8 +17,9 @@ import torch
 from infra.site import Site, load_site
 from ray_jobs.checkpoints import BackgroundWriter
 from ray_jobs.codebook import build_untrained, load_codebook
-from ray_jobs.feature_batches import FeatureBatches
-from ray_jobs.features import Extractor, decide_once, feature_set
+from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
+from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
+from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
@@ -28,7 +29,6 @@ from shards.patience import outlast
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import Store, StoreUnreachable
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
-from tavlad.config import StageConfig
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import World
@@ -96,11 +96,13 @@ class _Trainer:
         """Both stages, or what is left of them."""
         store, index = outlast(lambda: open_set(self._site, self._plan.dataset_uri, self._recipe))
         model, resume = outlast(lambda: self._model(index))
-        train = self._loader(index, store, training=True)
-        test = self._loader(index, store, training=False)
-        for number, stage in self._plan.stages:
-            if resume is not None and number < resume.stage:
-                continue
+        loading = self._loading(model, index, store)
+        train = self._loader(index, store, loading, training=True)
+        test = self._loader(index, store, loading, training=False)
+        stages = [each for each in self._plan.stages if resume is None or each[0] >= resume.stage]
+        # All decided before anything long begins: what does not fit is refused now.
+        batches = {number: self._batches(model, index, number, train, test) for number, _ in stages}
+        for number, stage in stages:
             plan = StagePlan(number=number, stage=stage, training=self._recipe.training)
             listeners = Listeners(
                 on_epoch=lambda report: self._end_epoch(model, report),
@@ -109,37 +111,40 @@ class _Trainer:
                 on_state=lambda state: self._keep_state(model, state),
             )
             state = resume if resume is not None and resume.stage == number else None
-            fit(model, plan, *self._batches(model, index, stage, train, test), listeners, state, self._world)
+            fit(model, plan, *batches[number], listeners, state, self._world)
 
     def _batches(
-        self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
+        self, model: TaVlad, index: Index, number: Literal[1, 2], train: ClipLoader, test: ClipLoader
     ) -> tuple[Batches, Batches]:
         """What a stage learns from and is tested on: frames, or features in their place."""
-        features = self._features(model, index, stage, train, test)
+        features = self._features(model, index, number, train, test)
         if features is None:
             return train, test
-        extract, split = self._extractor(model), self._plan.split
+        extract, split, stage = self._extractor(model, features), self._plan.split, dict(self._plan.stages)[number]
         cache = node_cache(self._site, self._recipe.resources.disk_cache, index)
-        learned = FeatureBatches(train, features, split, extract, cache)
+        learned, tested = (FeatureBatches(part, features, split, extract, cache) for part in (train, test))
         # The mirror image of a clip is not among what is stored for testing.
-        return learned, test if self._recipe.model.mirror_at_test else FeatureBatches(
-            test, features, split, extract, cache
+        return pooled_if_possible(learned, model, stage), (
+            test if self._recipe.model.mirror_at_test else pooled_if_possible(tested, model, stage)
         )
 
-    def _extractor(self, model: TaVlad) -> Extractor:
-        return Extractor(model, self._world.device, self._recipe.training.precision)
+    def _extractor(self, model: TaVlad, features: FeatureSet) -> Extractor:
+        return Extractor(model, self._world.device, self._recipe.training.precision, features.kind)
 
     def _features(
-        self, model: TaVlad, index: Index, stage: StageConfig, train: ClipLoader, test: ClipLoader
+        self, model: TaVlad, index: Index, number: Literal[1, 2], train: ClipLoader, test: ClipLoader
     ) -> FeatureSet | None:
         """The feature set that a stage learns from; None if it learns from frames. Decided once for a training."""
-        if stage.features == "never" or self._recipe.training.views != "corner-scale":
+        recipe, stage = self._recipe, dict(self._plan.stages)[number]
+        if not may_use_features(recipe, stage, model):
             return None
-        features = feature_set(self._site, self._recipe, index, model, str(self._card.provenance["trunk_weights"]))
+        weights = str(self._card.provenance["trunk_weights"])
+        features = feature_set(self._site, recipe, index, model, weights, stage.feature_kind)
         use = None
         if self._world.rank == 0:
-            use = decide_once(self._site, self._plan, stage, features, self._extractor(model), train, test)
-            self._monitor.tell(Said(text=f"training {use.reason}"))
+            extract = self._extractor(model, features)
+            use = decide_once(self._site, self._plan, number, features, extract, train, test)
+            self._monitor.tell(Said(text=f"stage {number} learns {use.reason}"))
         (use, *_) = self._world.gather(use)
         assert use is not None
         return features if use.use_features else None
@@ -165,7 +170,21 @@ class _Trainer:
             self._monitor.tell(started)
         return model.to(self._world.device), resume
 
-    def _loader(self, index: Index, store: Store, *, training: bool) -> ClipLoader:
+    def _loading(self, model: TaVlad, index: Index, store: Store) -> Loading:
+        """How this rank reads clips; changes nothing but the time, and on a GPU the pixels' rounding."""
+        resources, world, settings = self._recipe.resources, self._world, self._recipe.training
+        as_told = Loading(threads=resources.unmeasured_threads, on_gpu=False, reason="")
+        probe = self._loader(index, store, as_told, training=False)
+        rates = measure_loading(
+            model, probe, world.device, settings.precision, max(1, settings.batch_size // world.size)
+        )
+        cores = cores_of_a_rank(ray.train.get_context().get_local_world_size())
+        loading = choose_loading(resources, rates, cores, has_gpu=world.device.type == "cuda")
+        if world.rank == 0:
+            self._monitor.tell(Said(text=loading.reason))
+        return loading
+
+    def _loader(self, index: Index, store: Store, loading: Loading, *, training: bool) -> ClipLoader:
         settings, resources, world = self._recipe.training, self._recipe.resources, self._world
         options = LoaderOptions(
             batch_size=settings.batch_size,
@@ -175,9 +194,10 @@ class _Trainer:
             views=settings.views,
             num_views=settings.num_views,
             shuffle=training,
-            num_threads=resources.loader_threads,
+            num_threads=loading.threads,
             prefetch_batches=resources.prefetch_batches,
             pin_memory=self._world.device.type == "cuda",
+            gpu=self._world.device if loading.on_gpu else None,
         )
         part = "train" if training else "test"
         cache = node_cache(self._site, resources.disk_cache, index)

@@ -88,4 +88,15 @@ def encode_jpeg(frame_CHW: Tensor, quality: int) -> bytes:
 
 def decode_jpeg(jpeg: bytes | memoryview) -> Tensor:
     """RGB uint8 (3, H, W). Other threads run meanwhile. RuntimeError if it is not a JPEG."""
-    return torch.ops.image.decode_jpeg.default(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), _RGB)
+    return torch.ops.image.decode_jpeg.default(_as_tensor(jpeg), _RGB)
+
+
+def decode_jpegs(jpegs: Sequence[bytes | memoryview], device: torch.device) -> list[Tensor]:
+    """Several at once, on a GPU by nvJPEG; RuntimeError if one is not a JPEG."""
+    if device.type == "cuda":
+        return torch.ops.image.decode_jpegs_cuda([_as_tensor(jpeg) for jpeg in jpegs], _RGB, device)
+    return [decode_jpeg(jpeg) for jpeg in jpegs]
+
+
+def _as_tensor(jpeg: bytes | memoryview) -> Tensor:
+    return torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)

@@ -6,8 +6,9 @@ import socket
 import torch
 
 from shards.clip_bytes import encode_jpeg, frame_files, tar_members
+from shards.motion import decode_motion
 from shards.packed_video import suffix_of, video_files
-from shards.plan import PackPlan, PlannedClip, size_and_digest
+from shards.plan import PackOptions, PackPlan, PlannedClip, size_and_digest
 from shards.video import DecodedClip, VideoError, decode_clip
 
 _MAX_VIDEO_BYTES = 1 << 30  # of a file packed as it is: a reader holds it in memory whole
@@ -34,11 +35,17 @@ def reason_to_reject(plan: PackPlan, clip: PlannedClip) -> tuple[str, str] | Non
 def _pack_frames(plan: PackPlan, clip: PlannedClip) -> tuple[bytes, Row]:
     options = plan.options
     _check_source(clip, size_and_digest(clip.video.path)[1])
-    decoded = decode_clip(clip.video.path, options.num_frames, options.short_side)
+    decoded = _decode(clip, options)
     row, facts = _described(clip, decoded)
     frames_TCHW = torch.from_numpy(decoded.frames_THWC).permute(0, 3, 1, 2)
     jpegs = [encode_jpeg(frame_CHW, options.jpeg_quality) for frame_CHW in frames_TCHW]
     return tar_members(clip.key, frame_files(facts, jpegs)), row
+
+
+def _decode(clip: PlannedClip, options: PackOptions) -> DecodedClip:
+    if options.modality == "rgb":
+        return decode_clip(clip.video.path, options.num_frames, options.short_side)
+    return decode_motion(clip.video.path, options.num_frames, options.short_side, options.modality)
 
 
 def _pack_video(plan: PackPlan, clip: PlannedClip) -> tuple[bytes, Row]:

@@ -1,4 +1,5 @@
-"""A feature set (contract 3): what a frozen trunk makes of a set's clips, computed once for all epochs, trials, runs.
+"""A feature set (contract 3): what the frozen part of a trunk makes of a set's clips, computed once for all epochs,
+trials and runs.
 
 facts.json               what the features are of; sets that differ in any of it are different sets
 shards/BBBBB-SS.tar      plain WebDataset, KEY@SS.map.npy and KEY@SS.activation.npy: a block of clips in view slot SS
@@ -13,6 +14,7 @@ for a split that does not need it.
 import hashlib
 import io
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +30,10 @@ from shards.disk_cache import DiskCache
 from shards.index import NUM_SPLITS, ClipPlace, ClipTable, Index, read_table, table_bytes
 from shards.store import Store, StoreError
 from shards.transforms import VIEWS
-from tavlad.clip import BadClip
+from tavlad.clip import BadClip, FeatureKind
 
+EARLY_MAP = "early"
+"""The fact "map" of a set that holds the maps below the last block."""
 CENTRE_SLOT = len(VIEWS)
 """The slot of the view that models are tested on; the ones before it are a clip's own order of the forty."""
 SCHEMA = pa.schema(
@@ -54,7 +58,7 @@ class Entry(NamedTuple):
 
     map_TDHW: Float[np.ndarray, "T D h w"]
     activation_THW: Float[np.ndarray, "T h w"] | None
-    """None for a trunk that has none."""
+    """None where there is none, or where the trunk that makes it still learns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +111,11 @@ class FeatureSet:
         """Of the stored maps."""
         return np.dtype(str(self.facts["dtype"]))
 
+    @property
+    def kind(self) -> FeatureKind:
+        """Which of the trunk's maps they are."""
+        return "early" if self.facts.get("map") == EARLY_MAP else "last"
+
     def plan(self, index: Index, split: int, num_views: int) -> list[FeatureShard]:
         """The shards that a split needs: `num_views` views of its training clips, the centre view of its test clips."""
         shards: list[FeatureShard] = []
@@ -118,14 +127,20 @@ class FeatureSet:
     @property
     def entry_bytes(self) -> int:
         """Bytes of one clip in one view, about."""
-        frames, size, height, width = self.shape
-        return frames * height * width * (size * self.dtype.itemsize + 4)
+        return math.prod(self.shape) * self.dtype.itemsize + math.prod(self.activation_shape) * 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """T, D, h, w of an entry's map."""
         frames, size, height, width = (int(self.facts[name]) for name in ("num_frames", "size", "height", "width"))
         return frames, size, height, width
+
+    @property
+    def activation_shape(self) -> tuple[int, int, int]:
+        """T, h, w of an entry's activation: those of its map, unless the facts say otherwise."""
+        frames, _, height, width = self.shape
+        facts = self.facts
+        return frames, int(facts.get("activation_height", height)), int(facts.get("activation_width", width))
 
     def missing(self, shards: Sequence[FeatureShard]) -> list[FeatureShard]:
         """Those not yet written whole."""

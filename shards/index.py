@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from jaxtyping import Int64
 from pyarrow.compute import call_function
 
 from shards.store import Store
+from tavlad.clip import Modality
 
 FORMAT = 1
 INDEX_PATH = "index.parquet"
@@ -111,6 +112,11 @@ class Index:
     """Fingerprint of what was packed: the above and every clip's digest."""
     clips_table: ClipTable
     """All clips, in the order of the shards."""
+
+    @property
+    def modality(self) -> Modality:
+        """What the clips' frames show."""
+        return cast(Modality, self.packing.get("modality", "rgb"))
 
     def clips(self, split: int, part: Literal["train", "test", "all"]) -> ClipTable:
         """The clips of one part of split 1, 2 or 3, or all of the set, in the order of the shards."""

@@ -5,7 +5,6 @@ packed twice, or by a task that was thought dead, is the same shard; a restarted
 They stand in one long file because each relies on what the one before has written, and in which order.
 """
 
-import dataclasses
 import hashlib
 import tempfile
 from collections import deque
@@ -147,7 +146,7 @@ def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> In
     index = make_index(
         name=plan.name,
         actions=plan.actions,
-        packing=dataclasses.asdict(plan.options),
+        packing=plan.options.facts(),
         num_frames=plan.options.num_frames,
         plan=plan.fingerprint,
         rows=rows,

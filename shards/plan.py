@@ -15,6 +15,7 @@ from typing import Literal
 from shards.clip_bytes import key_of
 from shards.datasets import Video, VideoSet
 from shards.index import FORMAT
+from tavlad.clip import Modality
 
 _BYTES_PER_PIXEL = 0.3  # of a JPEG of quality 90, measured on real clips: 0.19 to 0.31
 _MEGABYTE = 1_000_000
@@ -28,6 +29,8 @@ class PackOptions:
 
     format: Literal["frames", "video"] = "frames"
     """JPEGs of the chosen frames, or the video files themselves, decoded when they are read."""
+    modality: Modality = "rgb"
+    """What the frames show: the video; its optical flow; or differences of its frames (shards/motion.py)."""
     num_frames: int = 25
     """Frames per clip, T, uniform over the video."""
     short_side: int = 256
@@ -42,11 +45,20 @@ class PackOptions:
     def __post_init__(self) -> None:
         if self.format not in ("frames", "video"):
             raise ValueError(f"format is {self.format!r}: choose frames or video")
+        if self.format == "video" and self.modality != "rgb":
+            raise ValueError(f"modality {self.modality} is computed when packing: choose the format frames")
         for field, low, high in (("num_frames", 1, 10_000), ("short_side", 16, 4096), ("jpeg_quality", 1, 100)):
             if not low <= getattr(self, field) <= high:
                 raise ValueError(f"{field} is {getattr(self, field)}: choose {low} to {high}")
         if self.shard_megabytes <= 0:
             raise ValueError(f"shard_megabytes is {self.shard_megabytes}: choose a size above 0, such as 64")
+
+    def facts(self) -> dict[str, object]:
+        """What a set's index says of them; "rgb" goes without saying, as before there was anything else."""
+        facts = dataclasses.asdict(self)
+        if self.modality == "rgb":
+            del facts["modality"]
+        return facts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,9 +123,7 @@ def plan_packing(
         actions=video_set.actions,
         options=options,
         shards=tuple(tuple(dealt[start:end]) for start, end in itertools.pairwise(bounds)),
-        fingerprint=_digest(
-            [FORMAT, video_set.name, video_set.actions, dataclasses.asdict(options), len(bounds) - 1, described]
-        ),
+        fingerprint=_digest([FORMAT, video_set.name, video_set.actions, options.facts(), len(bounds) - 1, described]),
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from shards.batch_memory import BatchMemory
 from shards.clip_bytes import decode_jpeg, read_tar_members
 from shards.disk_cache import DiskCache
+from shards.gpu_decode import GpuDecoder
 from shards.index import ClipPlace, Index
 from shards.jpeg_crop import JpegCrop, JpegHeader
 from shards.order import batch_slice, epoch_order, num_steps
@@ -40,7 +41,7 @@ from shards.transforms import (
     resize_into,
     window_of,
 )
-from tavlad.clip import BadClip, ClipBatch
+from tavlad.clip import BadClip, ClipBatch, reverse_flow
 
 _Result = TypeVar("_Result")
 _FETCHES_A_THREAD = 4
@@ -71,6 +72,8 @@ class LoaderOptions:
     """Batches read ahead: what bounds the memory."""
     pin_memory: bool = False
     """Batches in page-locked memory, for copies to a GPU."""
+    gpu: torch.device | None = None
+    """The GPU that decodes JPEGs and holds the batches; None: CPUs do."""
 
     def __post_init__(self) -> None:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):
@@ -101,10 +104,12 @@ class ClipLoader:
         self.clips = index.clips(split, part)
         self.options = options
         self._num_frames = index.num_frames
+        self._is_flow = index.modality == "flow"
         self._store = store
         self._rank, self._world, self._num_ranks = rank, world, num_ranks
         self._cache = cache
-        self._memory = BatchMemory(pin=options.pin_memory)
+        self._gpu = GpuDecoder(options.gpu) if options.gpu is not None else None
+        self._memory = self._gpu or BatchMemory(pin=options.pin_memory)
 
     @property
     def num_clips(self) -> int:
@@ -179,11 +184,13 @@ class ClipLoader:
         contents = read_tar_members(members)[1:]
         if contents and bytes(contents[0][: len(_JPEG)]) == _JPEG:
             self._check_count(place, len(contents))
-            _decode_view(contents, view, slot_TCHW)
+            (self._gpu.fill if self._gpu is not None else _decode_view)(contents, view, slot_TCHW)
         else:
             frames_TCHW = decode_frames(members)
             self._check_count(place, len(frames_TCHW))
             slot_TCHW.copy_(crop_clip(frames_TCHW, view, self.options.crop))
+        if self._is_flow and view is not None and view.flip:
+            reverse_flow(slot_TCHW)
 
     def _check_count(self, place: ClipPlace, num_frames: int) -> None:
         if num_frames != self._num_frames:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from tavlad.clip import Batch, ClipBatch
+from tavlad.clip import Batch, ClipBatch, PooledBatch
 
 
 def batches_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -37,4 +37,7 @@ def batches_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch
 def _tensors(batch: Batch) -> list[Tensor]:
     if isinstance(batch, ClipBatch):
         return [batch.frames_BTCHW, batch.labels_B]
-    return [batch.labels_B, *(each for each in batch.features if each is not None)]
+    if isinstance(batch, PooledBatch):
+        return [batch.pooled_BKD, batch.labels_B]
+    maps, activation, _ = batch.features
+    return [batch.labels_B, maps, *([] if activation is None else [activation])]

@@ -1,7 +1,7 @@
 """The trunks by name: what `model.trunk` may say.
 
-What each one's maps and last block are is written where it is built: `trunk_torchvision` (a table), `trunk_timm` (a
-rule), and here for EfficientNet-Lite0.
+What each one's maps and last block are is written where it is built: `trunk_torchvision` (a table), `trunk_video`,
+`trunk_timm` (a rule), and here for EfficientNet-Lite0.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from tavlad.efficientnet_lite import HEAD_WIDTH, STEM_WIDTH, SameConv2d, batch_n
 from tavlad.trunk import TrunkMaps, TrunkNetwork
 from tavlad.trunk_timm import PREFIX, TimmTrunk
 from tavlad.trunk_torchvision import DenseNetTrunk, GoogLeNetTrunk, ResNetTrunk, SqueezeNetTrunk, Vgg16Trunk
+from tavlad.trunk_video import R3d18Trunk
 from tavlad.trunk_weights import load_weights
 
 __all__ = ["TrunkMaps", "TrunkNetwork", "build_trunk", "load_weights"]
@@ -64,6 +65,7 @@ _BUILDERS: dict[str, Callable[[], TrunkNetwork]] = {
     "squeezenet1_1": SqueezeNetTrunk,
     "googlenet": GoogLeNetTrunk,
     "vgg16": Vgg16Trunk,
+    "r3d_18": R3d18Trunk,
 }
 
 

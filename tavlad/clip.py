@@ -1,11 +1,13 @@
 """What crosses the border between the data and the model: a clip's frame choice and a batch of clips."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+
+from tavlad.config import Modality
 
 
 class BadClip(ValueError):
@@ -29,12 +31,26 @@ def uniform_frame_indices(num_frames: int, num_samples: int) -> list[int]:
     return [sample * num_frames // num_samples for sample in range(num_samples)]
 
 
+def mirror(frames_TCHW: UInt8[Tensor, "*T 3 H W"], modality: Modality) -> UInt8[Tensor, "*T 3 H W"]:
+    """Left and right exchanged, as a new tensor; in pictures of flow what moved to the right then moves to the left."""
+    mirrored = frames_TCHW.flip(-1)
+    if modality == "flow":
+        reverse_flow(mirrored)
+    return mirrored
+
+
+def reverse_flow(frames_TCHW: UInt8[Tensor, "*T 3 H W"]) -> None:
+    """Exchange right and left in the first channel of pictures of flow, in place; 128 is rest."""
+    across_THW = frames_TCHW[..., 0, :, :]
+    across_THW.copy_((256 - across_THW.to(torch.int16)).clamp_(max=255))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipBatch:
     """One rank's share of a global batch. It may hold no clip, when the last batch is shorter than the world."""
 
     frames_BTCHW: UInt8[Tensor, "B T 3 H W"]
-    """RGB frames, 0-255."""
+    """RGB frames, or pictures of their motion, 0-255."""
     labels_B: Int64[Tensor, " B"]
     """Index of each clip's action in the set's label order."""
     keys: tuple[str, ...]
@@ -66,24 +82,37 @@ class ClipBatch:
         )
 
 
+FeatureKind = Literal["last", "early"]
+"""Of the whole trunk, for a stage in which all of it is frozen; or of what lies below its last block, for one that
+trains that block."""
+
+
 class Features(NamedTuple):
-    """What a frozen trunk makes of a batch of clips: all that the rest of the model needs of them."""
+    """What the frozen part of a trunk makes of a batch of clips: all that the rest of the model needs of them."""
 
     maps_BTDHW: Float[Tensor, "B T D h w"]
-    """The last feature map, on the side of its last non-linearity that the model's descriptors come from."""
-    activation_BTHW: Float[Tensor, "B T h w"] | None
-    """The winning ImageNet class's activation, before the sigmoid that makes it attention (Eq. 4); None for a model
-    without attention."""
+    """The last feature map, on the side of its last non-linearity that the model's descriptors come from; of kind
+    "early" the map below the last block."""
+    activation_BTHW: Float[Tensor, "B T h' w'"] | None
+    """The winning ImageNet class's activation at the last map's places, before the sigmoid that makes it attention (Eq.
+    4); None for a model without attention, and where the trunk that makes it still learns."""
+    kind: FeatureKind = "last"
 
     def to(self, device: torch.device) -> "Features":
         """The same on a device; from page-locked memory without waiting for the copy."""
         activation = None if self.activation_BTHW is None else self.activation_BTHW.to(device, non_blocking=True)
-        return Features(self.maps_BTDHW.to(device, non_blocking=True), activation)
+        return Features(self.maps_BTDHW.to(device, non_blocking=True), activation, self.kind)
+
+
+class Pooled(NamedTuple):
+    """What a head whose words do not learn makes of a batch of clips before its dropout and classifier."""
+
+    clips_BKD: Float[Tensor, "B K D"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureBatch:
-    """A `ClipBatch` whose frames have been through the frozen trunk."""
+    """A `ClipBatch` whose frames have been through the frozen part of the trunk."""
 
     features: Features
     labels_B: Int64[Tensor, " B"]
@@ -95,10 +124,10 @@ class FeatureBatch:
 
     def inputs(self, device: torch.device) -> Features:
         """What the model is called with: the features, or those of one blank clip where there is none."""
-        maps, activation = self.features
+        maps, activation, kind = self.features
         if not self.keys:
             maps, activation = _blank(maps), None if activation is None else _blank(activation)
-        return Features(maps, activation).to(device)
+        return Features(maps, activation, kind).to(device)
 
     def to(self, device: torch.device) -> "FeatureBatch":
         """The same on a device; from page-locked memory without waiting for the copy."""
@@ -106,16 +135,48 @@ class FeatureBatch:
 
     def part(self, start: int, stop: int) -> "FeatureBatch":
         """Some of its clips, which may be none."""
-        maps, activation = self.features
+        maps, activation, kind = self.features
         return FeatureBatch(
-            features=Features(maps[start:stop], None if activation is None else activation[start:stop]),
+            features=Features(maps[start:stop], None if activation is None else activation[start:stop], kind),
             labels_B=self.labels_B[start:stop],
             keys=self.keys[start:stop],
             num_clips_in_global_batch=self.num_clips_in_global_batch,
         )
 
 
-Batch = ClipBatch | FeatureBatch
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledBatch:
+    """A `ClipBatch` whose frames have been through all of a model that a stage does not train: trunk, VLAD, sum."""
+
+    pooled_BKD: Float[Tensor, "B K D"]
+    """What `TaVlad.pool` makes of the clips."""
+    labels_B: Int64[Tensor, " B"]
+    keys: tuple[str, ...]
+    num_clips_in_global_batch: int
+
+    def __post_init__(self) -> None:
+        _check_batch(len(self.pooled_BKD), self.labels_B, self.keys, self.num_clips_in_global_batch)
+
+    def inputs(self, device: torch.device) -> Pooled:
+        """What the model is called with: the clips, or a blank one where there is none."""
+        return Pooled((self.pooled_BKD if self.keys else _blank(self.pooled_BKD)).to(device))
+
+    def to(self, device: torch.device) -> "PooledBatch":
+        """The same on a device; from page-locked memory without waiting for the copy."""
+        pooled_BKD, labels_B = (each.to(device, non_blocking=True) for each in (self.pooled_BKD, self.labels_B))
+        return replace(self, pooled_BKD=pooled_BKD, labels_B=labels_B)
+
+    def part(self, start: int, stop: int) -> "PooledBatch":
+        """Some of its clips, which may be none."""
+        return PooledBatch(
+            pooled_BKD=self.pooled_BKD[start:stop],
+            labels_B=self.labels_B[start:stop],
+            keys=self.keys[start:stop],
+            num_clips_in_global_batch=self.num_clips_in_global_batch,
+        )
+
+
+Batch = ClipBatch | FeatureBatch | PooledBatch
 
 
 def _blank(values: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call for that call's shapes; at another size once more, for any size."""
-    return torch.compile(function)
+def compiled(function: Callable[..., Any], *, graphs: bool) -> Callable[..., Any]:
+    """The function, compiled at its first call for that call's shapes; at another size once more, for any size.
+
+    `graphs`: on a GPU its kernels are recorded as one CUDA graph for each size, and launched as one.
+    """
+    return torch.compile(function, mode="reduce-overhead" if graphs else None)
 
 
 def require_compiler(device: torch.device) -> None:

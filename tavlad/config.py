@@ -6,7 +6,12 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from tavlad.clip import FeatureKind
+
 Config = TypeVar("Config")
+
+Modality = Literal["rgb", "flow", "difference"]
+"""What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
 
 TRUNKS = (
     "resnet18",
@@ -17,8 +22,12 @@ TRUNKS = (
     "squeezenet1_1",
     "googlenet",
     "vgg16",
+    "r3d_18",
 )
 """The trunks with a name of their own; "timm:NAME" is any fitting one of timm's."""
+
+NO_ACTIVATION_MAPS = ("vgg16", "r3d_18")
+"""Those whose classifier is not one linear layer on the averaged map of a frame: no top-down attention."""
 
 
 def _require(holds: bool, message: str) -> None:
@@ -30,9 +39,11 @@ def _require(holds: bool, message: str) -> None:
 class ModelConfig:
     """What the network is. Travels with the weights."""
 
+    modality: Modality = "rgb"
+    """What its frames show: must be that of the set (`tavlad pack --modality`)."""
     trunk: str = "resnet34"
     """The frame network, an ImageNet classifier with global average pooling and one linear layer: one of `TRUNKS`, or
-    "timm:NAME". vgg16 has three linear layers: no attention."""
+    "timm:NAME". vgg16 has three linear layers: no attention. r3d_18 is for temporal = "conv3d"."""
     weights: str = "imagenet"
     """Its weights: "imagenet", "none" (random, from the seed), a path or an s3:// URI."""
     attention: Literal["none", "cam", "frozen-cam"] = "cam"
@@ -42,10 +53,12 @@ class ModelConfig:
     over each frame's places; M scaled to 0..1 in each frame; or the softmax over places, its largest scaled to 1."""
     attention_temperature: float = 1.0
     """What M is divided by before the sigmoid or the softmax: above 1 is flatter. Must be 1 for "minmax"."""
-    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention"] = "gru"
+    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention", "conv3d", "tdd"] = "gru"
     """How the frames become one: the sum of their VLADs (ActionVLAD), or K GRUs with shared weights over them. Without
     VLAD: the average of the frames' own logits (TSN); training on single frames, whose probabilities are averaged in
-    testing (two-stream); or an LSTM with soft attention over places."""
+    testing (two-stream); an LSTM with soft attention over places; a trunk that convolves over time (I3D), the average
+    of its moments' logits. "tdd" is no network: the trunk's map along trajectories, Fisher vectors of `num_clusters`
+    Gaussians of `descriptor_pca` numbers, and an SVM."""
     temporal_readout: Literal["last", "mean"] = "last"
     """What is taken of the GRU's states: the last, as the paper, or their mean over time."""
     descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
@@ -94,8 +107,20 @@ class ModelConfig:
         names = ", ".join(map(repr, (*TRUNKS, "timm:NAME")))
         _require(known, f"model.trunk = {self.trunk!r}: must be one of {names}")
         _require(
-            self.trunk != "vgg16" or self.attention == "none",
-            'model.trunk = "vgg16" has no class activation map: set model.attention = "none"',
+            self.trunk not in NO_ACTIVATION_MAPS or self.attention == "none",
+            f'model.trunk = "{self.trunk}" has no class activation map: set model.attention = "none"',
+        )
+        _require(
+            (self.trunk == "r3d_18") == (self.temporal == "conv3d"),
+            f'model.trunk = "{self.trunk}" does not fit model.temporal = "{self.temporal}": "conv3d" is for the trunk '
+            '"r3d_18", and only it',
+        )
+
+    def require_network(self) -> None:
+        """ValueError for "tdd", which no stage trains."""
+        _require(
+            self.temporal != "tdd",
+            'model.temporal = "tdd" is no network to train: run it by tavlad reproduce NAME --table 2 --rows tdd-vgg16',
         )
 
     @property
@@ -104,8 +129,18 @@ class ModelConfig:
         return self.temporal in ("sum", "gru")
 
     @property
+    def can_pool(self) -> bool:
+        """Whether a clip's VLADs become one without anything that learns or is drawn: see `TaVlad.pool`."""
+        return self.temporal == "sum" and self.dropout_place != "frame"
+
+    @property
     def variant(self) -> str:
-        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"."""
+        """The configuration's name in the paper's Table 1 where it has one, such as "vlad-gru-256"; with "-flow" or
+        "-difference" behind it for a model of motion."""
+        return self._variant if self.modality == "rgb" else f"{self._variant}-{self.modality}"
+
+    @property
+    def _variant(self) -> str:
         if not self.has_vlad:
             return self.temporal
         temporal = "sum" if self.temporal == "sum" else f"gru-{self.gru_width}"
@@ -159,6 +194,9 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
     compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    cuda_graphs: bool = False
+    """With `compile`, on a GPU: what is compiled is recorded and launched as CUDA graphs, one for each size of a batch.
+    For GPUs that wait for the launches of small batches; takes more memory."""
     recompute: bool = False
     """Compute the last block's activations again in backward instead of keeping them: less memory, more time."""
     evaluate_every: int = 1
@@ -168,6 +206,9 @@ class TrainingConfig:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
         _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
+        _require(
+            self.compile or not self.cuda_graphs, "training.cuda_graphs = true: needs training.compile = true as well"
+        )
         _require(self.adam_eps > 0, f"training.adam_eps = {self.adam_eps}: must be above 0")
         _require(0 < self.subset <= 1, f"training.subset = {self.subset}: must be above 0 and at most 1")
         _require(
@@ -199,8 +240,8 @@ class StageConfig:
     vlad: bool = False
     """Whether the assignment and the centres learn."""
     features: Literal["auto", "always", "never"] = "never"
-    """Whether a stage with a frozen trunk learns from stored features instead of frames; auto: where that is quicker
-    and within the budget."""
+    """Whether the stage learns from stored features instead of frames: the trunk's last maps while all of it is frozen,
+    else the maps below its last block. auto: where that is quicker and within the budget."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")
@@ -208,15 +249,11 @@ class StageConfig:
         _require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         _require(self.decay_every >= 1, f"decay_every = {self.decay_every}: must be at least 1")
         _require(0 < self.decay_factor <= 1, f"decay_factor = {self.decay_factor}: must be above 0 and at most 1")
-        _require(
-            self.features == "never" or not self.trunk_learns,
-            f'features = "{self.features}": a trunk that learns has no features to keep; choose "never"',
-        )
 
     @property
-    def trunk_learns(self) -> bool:
-        """Whether any weight of the trunk, its classifier included, changes in this stage."""
-        return self.trunk != "frozen" or self.fc
+    def feature_kind(self) -> FeatureKind:
+        """What never changes in this stage and so can be stored. The trunk's classifier makes the attention."""
+        return "early" if self.trunk != "frozen" or self.fc else "last"
 
     def passes(self, steps_a_pass: int) -> int:
         """Passes over the training part that one epoch makes, when one pass has so many steps."""

@@ -18,9 +18,12 @@ from tavlad.compiled import compiled
 
 _FRAMES_PER_GPU_PASS = 256
 _SAMPLE_SIDE = 64  # of the images that show how a trunk's modules are joined
+_SAMPLE_FRAMES = 8  # where these are clips
+_Convolution = nn.Conv2d | nn.Conv3d
+_Norm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
-_Half = Literal["maps", "early"]
+_Half = Literal["maps", "early", "late"]
 _Version = tuple[object, ...]
 
 
@@ -43,34 +46,40 @@ class FrozenTrunk:
         self._trunk = trunk
         self.compile = False
         """Whether what the copies compute is compiled."""
+        self.graphs = False
+        """Whether it is then launched as CUDA graphs."""
         self._folded: dict[torch.dtype, _Folded] = {}
 
     @torch.no_grad()
-    def maps(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> TrunkMaps:
-        """The last maps of 0-255 images. A CPU computes `frames_per_pass` at a time, a GPU as many such passes at once
-        as fit: with the frames of one clip, its maps do not depend on the clips beside it."""
-        passes: list[TrunkMaps] = self._run("maps", images_BCHW, frames_per_pass)
-        return TrunkMaps(
-            pre_relu_BDHW=torch.cat([each.pre_relu_BDHW for each in passes]),
-            post_relu_BDHW=torch.cat([each.post_relu_BDHW for each in passes]),
-        )
+    def maps(self, images_BCHW: UInt8[Tensor, "F 3 *image"], frames_per_pass: int) -> TrunkMaps:
+        """The last maps of 0-255 images, or clips for a trunk that joins frames. A CPU computes `frames_per_pass` at a
+        time, a GPU as many such passes at once as fit: with the frames of one clip, its maps do not depend on the clips
+        beside it."""
+        return _joined(self._run("maps", images_BCHW, frames_per_pass))
 
     @torch.no_grad()
-    def early(self, images_BCHW: UInt8[Tensor, "F 3 H W"], frames_per_pass: int) -> Float[Tensor, "F E eh ew"]:
+    def early(self, images_BCHW: UInt8[Tensor, "F 3 *image"], frames_per_pass: int) -> Float[Tensor, "F E *early"]:
         """The map below the last block, which stage 2 does not train either; see `maps`."""
         return torch.cat(self._run("early", images_BCHW, frames_per_pass))
 
-    def _run(self, half: _Half, images_BCHW: Tensor, frames_per_pass: int) -> list[Any]:
-        device = images_BCHW.device.type
-        is_mixed = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_mixed else next(self._trunk.parameters()).dtype
+    @torch.no_grad()
+    def late(self, early_BEHW: Float[Tensor, "F E eh ew"], frames_per_pass: int) -> TrunkMaps:
+        """The last maps from what `early` made, the same as `maps` makes of the images."""
+        return _joined(self._run("late", early_BEHW, frames_per_pass))
+
+    def _run(self, half: _Half, inputs_BCHW: Tensor, frames_per_pass: int) -> list[Any]:
+        device = inputs_BCHW.device.type
+        dtype = precision_of(device, next(self._trunk.parameters()).dtype)
         with torch.inference_mode(mode=False), torch.no_grad():  # a copy made in inference mode could not be mended
             folded = self._current(dtype, half)
         run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
         if self.compile:
-            run = folded.compiled.setdefault(half, compiled(run))
+            run = folded.compiled.setdefault(half, compiled(run, graphs=self.graphs))
+        parts = _passes(inputs_BCHW, frames_per_pass)
         with torch.autocast(device, enabled=False):
-            return [run(normalise(self._trunk, part, dtype)) for part in _passes(images_BCHW, frames_per_pass)]
+            if half == "late":
+                return [run(part.to(dtype, memory_format=_channels_last(self._trunk))) for part in parts]
+            return [run(normalise(self._trunk, part, dtype)) for part in parts]
 
     def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
         """The trunk as its weights are now."""
@@ -80,9 +89,10 @@ class FrozenTrunk:
             # What learns is not below the last block: its steps are no reason to fold again.
             "early": tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if not tensor.requires_grad),
         }
+        versions["late"] = versions["maps"]
         found = self._folded.get(dtype)
         if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
-            copied = fold(self._trunk).to(dtype).to(memory_format=torch.channels_last)
+            copied = fold(self._trunk).to(dtype).to(memory_format=_channels_last(self._trunk))
             found = self._folded[dtype] = _Folded(trunk=copied, versions=versions, compiled={})
         elif found.versions[half] != versions[half]:
             # In place: compiled code goes on with the same memory.
@@ -91,12 +101,18 @@ class FrozenTrunk:
         return found
 
 
-def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 H W"], dtype: torch.dtype) -> Tensor:
+def precision_of(device: str, otherwise: torch.dtype) -> torch.dtype:
+    """What autocast computes in on a kind of device, or `otherwise` where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
+
+
+def normalise(trunk: TrunkNetwork, images_BCHW: UInt8[Tensor, "F 3 *image"], dtype: torch.dtype) -> Tensor:
     """0-255 images as the trunk was trained on them, channels last."""
-    mean, std = trunk.mean_C.float()[:, None, None], trunk.std_C.float()[:, None, None]
+    per_channel = (-1, *[1] * (images_BCHW.ndim - 2))
+    mean, std = trunk.mean_C.float().view(per_channel), trunk.std_C.float().view(per_channel)
     exact = torch.promote_types(torch.float32, dtype)
     normalised = (images_BCHW.to(exact).div_(255) - mean.to(exact)).div_(std.to(exact))
-    return normalised.to(dtype).contiguous(memory_format=torch.channels_last)
+    return normalised.to(dtype).contiguous(memory_format=_channels_last(trunk))
 
 
 def fold(trunk: TrunkNetwork) -> TrunkNetwork:
@@ -105,11 +121,11 @@ def fold(trunk: TrunkNetwork) -> TrunkNetwork:
     Which one follows which is seen by running a blank image through it.
     """
     folded = copy.deepcopy(trunk).eval().requires_grad_(False)
-    outputs: list[tuple[Tensor, nn.Conv2d]] = []
-    pairs: dict[nn.Module, nn.Conv2d] = {}
+    outputs: list[tuple[Tensor, _Convolution]] = []
+    pairs: dict[nn.Module, _Convolution] = {}
 
     def convolved(conv: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(conv, _Convolution)
         outputs.append((output, conv))
 
     def normalising(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -119,27 +135,40 @@ def fold(trunk: TrunkNetwork) -> TrunkNetwork:
 
     hooks = [
         module.register_forward_hook(convolved)
-        if isinstance(module, nn.Conv2d)
+        if isinstance(module, _Convolution)
         else module.register_forward_pre_hook(normalising)
         for module in folded.modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(module, _Convolution | _Norm)
     ]
     parameter = next(folded.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-        folded.maps(parameter.new_zeros(1, 3, _SAMPLE_SIDE, _SAMPLE_SIDE))
+        frames = [_SAMPLE_FRAMES] if trunk.joins_frames else []
+        folded.maps(parameter.new_zeros(1, 3, *frames, _SAMPLE_SIDE, _SAMPLE_SIDE))
     for hook in hooks:
         hook.remove()
     outputs.clear()
     names = {module: name for name, module in folded.named_modules()}
     for norm, conv in pairs.items():
-        assert isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(norm, _Norm)
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight.requires_grad_(False), fused.bias
         folded.set_submodule(names[norm], nn.Identity())
     return folded.requires_grad_(False)
 
 
-def _passes(images_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
-    if images_BCHW.device.type != "cpu":
+def _channels_last(trunk: TrunkNetwork) -> torch.memory_format:
+    return torch.channels_last_3d if trunk.joins_frames else torch.channels_last
+
+
+def _passes(inputs_BCHW: Tensor, frames_per_pass: int) -> tuple[Tensor, ...]:
+    if inputs_BCHW.device.type != "cpu":
         frames_per_pass *= max(1, _FRAMES_PER_GPU_PASS // frames_per_pass)
-    return images_BCHW.split(frames_per_pass)
+    frames_per_input = inputs_BCHW.shape[2] if inputs_BCHW.ndim == 5 else 1
+    return inputs_BCHW.split(max(1, frames_per_pass // frames_per_input))
+
+
+def _joined(passes: list[TrunkMaps]) -> TrunkMaps:
+    return TrunkMaps(
+        pre_relu_BDHW=torch.cat([each.pre_relu_BDHW for each in passes]),
+        post_relu_BDHW=torch.cat([each.post_relu_BDHW for each in passes]),
+    )

@@ -1,5 +1,6 @@
 """Scores of a model on a part of a split: everything is computed from each clip's probabilities, and only once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,3 +62,19 @@ class Scores:
             f"{part}/top5": self.top(5),
             f"{part}/mean_class": self.mean_class,
         }
+
+
+def fuse(scores: Sequence[Scores]) -> Scores:
+    """Late fusion: the mean of several models' probabilities of the same clips, each with equal weight.
+
+    ValueError where they have scored different clips.
+    """
+    first = scores[0]
+    for other in scores[1:]:
+        if other.keys != first.keys or not np.array_equal(other.labels, first.labels):
+            raise ValueError(
+                "models that have scored different clips cannot be fused: pack their sets from the same videos with "
+                "the same splits, and evaluate the same split of each"
+            )
+    probabilities = np.mean([each.probabilities for each in scores], axis=0)
+    return Scores(keys=first.keys, labels=first.labels, probabilities=probabilities)

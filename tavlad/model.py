@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork, build_trunk
-from tavlad.clip import Features
+from tavlad.clip import Features, Pooled, mirror
 from tavlad.compiled import compiled, require_compiler
 from tavlad.config import ModelConfig
 from tavlad.draws import ClipDropout, RandomFrame
 from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities
-from tavlad.frozen import FrozenTrunk, normalise
+from tavlad.frozen import FrozenTrunk, normalise, precision_of
 from tavlad.temporal import gru_over_time, sum_over_time
 from tavlad.vlad import DescriptorPca, VisualWords, Vlad
 
@@ -43,6 +43,7 @@ class TaVlad(nn.Module):
 
     def __init__(self, config: ModelConfig, num_actions: int) -> None:
         super().__init__()
+        config.require_network()
         self.config = config
         self.trunk = build_trunk(config.trunk)
         size = self.trunk.feature_size
@@ -51,7 +52,7 @@ class TaVlad(nn.Module):
         self._frozen_attention_trunk = FrozenTrunk(self.attention_trunk) if self.attention_trunk is not None else None
         self._compiled_late: Callable[[Tensor], TrunkMaps] | None = None
         self._compiled_head: Callable[[FrameMaps], Tensor] | None = None
-        self._recompute = False
+        self._recompute = self._graphs = False
         self.pca = self.vlad = self.gru = self.lstm = None
         width = size
         if config.temporal == "lstm-attention":
@@ -78,19 +79,19 @@ class TaVlad(nn.Module):
             self.pca.mean.copy_(words.pca.mean_D)
             self.pca.components.copy_(words.pca.components_PD)
 
-    def speed(self, *, compile: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
-        """How to compute, not what: `training.compile` and `training.recompute`. ValueError where nothing can be
+    def speed(self, *, compile: bool, cuda_graphs: bool, recompute: bool) -> None:  # noqa: A002  the setting's name
+        """How to compute, not what: the settings of `training` with these names. ValueError where nothing can be
         compiled."""
         device = self.classifier.weight.device
         if compile:
             require_compiler(device)
         on_gpu = compile and device.type == "cuda"  # on a CPU the written-out gradients are quicker
-        self._compiled_late = compiled(self.trunk.late) if on_gpu else None
-        self._compiled_head = compiled(self.classify) if on_gpu else None
-        self._recompute = recompute
+        self._compiled_late = compiled(self.trunk.late, graphs=cuda_graphs) if on_gpu else None
+        self._compiled_head = compiled(self.classify, graphs=cuda_graphs) if on_gpu else None
+        self._recompute, self._graphs = recompute, cuda_graphs
         for frozen in (self._frozen_trunk, self._frozen_attention_trunk):
             if frozen is not None:
-                frozen.compile = compile
+                frozen.compile, frozen.graphs = compile, cuda_graphs
 
     def train(self, mode: bool = True) -> "TaVlad":
         """Switch dropout; the trunks stay in evaluation mode."""
@@ -100,19 +101,24 @@ class TaVlad(nn.Module):
             self.attention_trunk.eval()
         return self
 
-    def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features) -> Float[Tensor, "B A"]:
-        """Logits of each action, from frames or from the features of a trunk that did not learn."""
+    def forward(self, inputs: UInt8[Tensor, "B T 3 H W"] | Features | Pooled) -> Float[Tensor, "B A"]:
+        """Logits of each action: from frames, from the features of what does not learn, or from what `pool` made of
+        these."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs gave at the last step may be overwritten
+        if isinstance(inputs, Pooled):
+            return self._score_clips(inputs.clips_BKD)
         if isinstance(inputs, Features):
             assert self.training or not self.config.mirror_at_test, "features have no mirror image"
             if self.training and self.config.temporal == "single-frame":
-                inputs = Features(self.random_frame(inputs.maps_BTDHW), None)
-            return self._head(self.describe(inputs))
+                inputs = Features(self.random_frame(inputs.maps_BTDHW), None, inputs.kind)
+            return self._head(self.describe(self._completed(inputs)))
         frames_BTCHW: Tensor = inputs
         if self.training and self.config.temporal == "single-frame":
             frames_BTCHW = self.random_frame(inputs)
         logits_BA = self._head(self.encode(frames_BTCHW))
         if self.config.mirror_at_test and not self.training:
-            logits_BA = (logits_BA + self._head(self.encode(frames_BTCHW.flip(-1)))) / 2
+            logits_BA = (logits_BA + self._head(self.encode(mirror(frames_BTCHW, self.config.modality)))) / 2
         return logits_BA
 
     def features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"], *, with_activation: bool | None = None) -> Features:
@@ -120,21 +126,55 @@ class TaVlad(nn.Module):
         unless it is asked for."""
         if with_activation is None:
             with_activation = self.config.attention != "none"
-        num_clips, num_frames = frames_BTCHW.shape[:2]
-        images = frames_BTCHW.flatten(0, 1)
+        num_frames = frames_BTCHW.shape[1]
+        images = frames_BTCHW.transpose(1, 2) if self.trunk.joins_frames else frames_BTCHW.flatten(0, 1)
         maps = self._run(self.trunk, self._frozen_trunk, images, num_frames)
-        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
         activation_BTHW = None
-        if with_activation:
-            trunk, seen = self.trunk, maps
-            if self.attention_trunk is not None:
-                assert self._frozen_attention_trunk is not None
-                trunk = self.attention_trunk
-                seen = self._run(trunk, self._frozen_attention_trunk, images, num_frames)
-            post_relu_BTDHW = seen.post_relu_BDHW.unflatten(0, (num_clips, num_frames))
-            activation_BTN = class_activation(_places(post_relu_BTDHW), trunk.classifier)
-            activation_BTHW = activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
-        return Features(chosen.unflatten(0, (num_clips, num_frames)), activation_BTHW)
+        if with_activation and self.attention_trunk is not None:
+            activation_BTHW = self._frozen_activation(frames_BTCHW)
+        elif with_activation:
+            activation_BTHW = _activation(maps, num_frames, self.trunk)
+        return Features(self._described(maps, num_frames), activation_BTHW)
+
+    def early_features(self, frames_BTCHW: UInt8[Tensor, "B T 3 H W"]) -> Features:
+        """What no stage trains of the work on frames: the map below the trunk's last block, and the activation if it
+        comes from a trunk of its own."""
+        early_BEHW = self._frozen_trunk.early(frames_BTCHW.flatten(0, 1), frames_BTCHW.shape[1])
+        activation_BTHW = None if self.attention_trunk is None else self._frozen_activation(frames_BTCHW)
+        return Features(early_BEHW.unflatten(0, frames_BTCHW.shape[:2]), activation_BTHW, "early")
+
+    def _completed(self, features: Features) -> Features:
+        """The features of the whole trunk, its last block computed where they end below it."""
+        if features.kind == "last":
+            return features
+        num_frames = features.maps_BTDHW.shape[1]
+        early_BEHW = features.maps_BTDHW.flatten(0, 1)
+        if self._learns(self.trunk):
+            dtype = precision_of(early_BEHW.device.type, self.classifier.weight.dtype)
+            maps = self._run_late(self.trunk, early_BEHW.to(dtype, memory_format=torch.channels_last))
+        else:
+            maps = self._frozen_trunk.late(early_BEHW, num_frames)
+        activation_BTHW = features.activation_BTHW
+        if self.config.attention == "cam":
+            activation_BTHW = _activation(maps, num_frames, self.trunk)
+        return Features(self._described(maps, num_frames), activation_BTHW)
+
+    def _described(self, maps: TrunkMaps, num_frames: int) -> Float[Tensor, "B T D h w"]:
+        chosen = maps.pre_relu_BDHW if self.described_map == "pre_relu" else maps.post_relu_BDHW
+        return chosen.transpose(1, 2) if self.trunk.joins_frames else chosen.unflatten(0, (-1, num_frames))
+
+    def _frozen_activation(self, frames_BTCHW: Tensor) -> Float[Tensor, "B T h w"]:
+        """Of the trunk that is kept for it."""
+        assert self.attention_trunk is not None
+        assert self._frozen_attention_trunk is not None
+        num_frames = frames_BTCHW.shape[1]
+        maps = self._run(self.attention_trunk, self._frozen_attention_trunk, frames_BTCHW.flatten(0, 1), num_frames)
+        return _activation(maps, num_frames, self.attention_trunk)
+
+    @property
+    def descriptor_size(self) -> int:
+        """D, of the descriptors as VLAD gets them: behind the PCA if there is one."""
+        return self.trunk.feature_size if self.pca is None else len(self.pca.components)
 
     @property
     def described_map(self) -> Literal["pre_relu", "post_relu"]:
@@ -160,11 +200,26 @@ class TaVlad(nn.Module):
         """Logits from the trunk's maps (steps 4-7)."""
         if self.vlad is None:
             return self._score_frames(maps.descriptors_BTND)
+        return self._score_clips(self._pool(maps))
+
+    @torch.no_grad()
+    def pool(self, features: Features) -> Float[Tensor, "B K D"]:
+        """A clip's VLAD summed over time and intra-normalised, of a model whose `config.can_pool`. While the words do
+        not learn it is the same whenever the clip is seen in the same view."""
+        assert self.config.can_pool, "a GRU or a dropout of frames makes something else of a clip each time"
+        return self._pool(self.describe(features))
+
+    def _pool(self, maps: FrameMaps) -> Tensor:
+        """One intra-normalised VLAD or state a cluster, from the trunk's maps (steps 4-6)."""
+        assert self.vlad is not None
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
         vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN, self._gru_dtype())
         if self.config.dropout_place == "frame":
             vlad_BTKD = self.dropout(vlad_BTKD)
-        clip_BKU = normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)  # intra-normalisation
+        return normalize(self._over_time(vlad_BTKD).to(x_BTND.dtype), dim=-1, eps=1e-12)
+
+    def _score_clips(self, clip_BKU: Tensor) -> Tensor:
+        """Logits from each clip's intra-normalised VLAD or states (step 7)."""
         if self.config.dropout_place == "cluster":
             clip_BKU = self.dropout(clip_BKU)
         if self.config.power != 1:
@@ -214,17 +269,29 @@ class TaVlad(nn.Module):
             return attention_weights(activation_BTN, self.config.attention_scale, self.config.attention_temperature)
 
     def _run(self, trunk: TrunkNetwork, frozen: FrozenTrunk, images_BCHW: Tensor, num_frames: int) -> TrunkMaps:
-        """The trunk's maps of 0-255 images; without gradients below the first part that learns."""
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
+        """The trunk's maps of 0-255 images (or clips); without gradients below the first part that learns."""
         if torch.compiler.is_compiling():  # an exported graph is the plain one
             return trunk.maps(normalise(trunk, images_BCHW, self.classifier.weight.dtype))
-        if not learns:
+        if not self._learns(trunk):
             return frozen.maps(images_BCHW, num_frames)
-        early_BEHW = frozen.early(images_BCHW, num_frames)
+        return self._run_late(trunk, frozen.early(images_BCHW, num_frames))
+
+    def _learns(self, trunk: TrunkNetwork) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trunk.parameters())
+
+    def _run_late(self, trunk: TrunkNetwork, early_BEHW: Tensor) -> TrunkMaps:
+        """The last block as it learns."""
         late = self._compiled_late if self._compiled_late is not None and trunk is self.trunk else trunk.late
         if self._recompute:
             return checkpoint(late, early_BEHW, use_reentrant=False)
         return late(early_BEHW)
+
+
+def _activation(maps: TrunkMaps, num_frames: int, trunk: TrunkNetwork) -> Float[Tensor, "B T h w"]:
+    classifier = trunk.classifier  # a ValueError where there are no such maps
+    post_relu_BTDHW = maps.post_relu_BDHW.unflatten(0, (-1, num_frames))
+    activation_BTN = class_activation(_places(post_relu_BTDHW), classifier)
+    return activation_BTN.unflatten(2, tuple(post_relu_BTDHW.shape[3:]))
 
 
 def _places(map_BTDHW: Float[Tensor, "B T D h w"]) -> Float[Tensor, "B T N D"]:

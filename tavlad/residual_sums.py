@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 _CLIPS_PER_GPU_PASS = 32
+_LEAST = 1e-20
+"""A smaller share of a descriptor counts as none. At the paper's sharpness most shares are such, and below 1e-38 some
+processors take a hundred times as long for each product (docs/LOG.md, 2026-11-25)."""
 
 
 def residual_sums(
@@ -48,6 +51,7 @@ class _ResidualSums(torch.autograd.Function):
             weighted_FNK = assign_BTNK[clips].flatten(0, 1)
             logits_XK = torch.addmm(bias_K, x_FND.flatten(0, 1), weight_KD.T)
             torch.softmax(logits_XK, dim=-1, out=weighted_FNK.flatten(0, 1))
+            nn.functional.threshold_(weighted_FNK, _LEAST, 0.0)
             if attention_BTN is not None:
                 weighted_FNK = weighted_FNK * attention_BTN[clips].flatten(0, 1)[..., None]
             sums_FKD = torch.bmm(weighted_FNK.transpose(1, 2), x_FND)

@@ -98,7 +98,8 @@ def fit(
     stage, number = plan.stage, plan.number
     train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
-    model.speed(compile=plan.training.compile, recompute=plan.training.recompute)
+    training = plan.training
+    model.speed(compile=training.compile, cuda_graphs=training.cuda_graphs, recompute=training.recompute)
     optimizer = build_optimizer(model, stage, plan.training)
     resume = resume or TrainState(stage=number, next_epoch=0, optimizer=optimizer.state_dict())
     assert resume.stage == number, "a state resumes its own stage"

@@ -43,6 +43,8 @@ class TrunkNetwork(nn.Module, ABC):
 
     feature_size: int
     """D, the channels of the maps."""
+    joins_frames: bool = False
+    """Whether its images are clips, (B, 3, T, H, W), and its maps (B, D, t, h, w) of t moments."""
     has_activation_maps: bool = True
     """Whether its classifier is one linear layer on the averaged map, as top-down attention needs (Eq. 4)."""
     mean_C: Float[Tensor, "3"]
@@ -66,6 +68,11 @@ class TrunkNetwork(nn.Module, ABC):
     def early(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E eh ew"]:
         """What comes below the last block and so never learns; `late` goes on from there. By default, nothing does."""
         return images_BCHW
+
+    @property
+    def has_early_map(self) -> bool:
+        """Whether `early` is more than the images themselves, so that its map is worth keeping."""
+        return type(self).early is not TrunkNetwork.early
 
     def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
         """The last feature maps from what `early` gives."""

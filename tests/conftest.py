@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as infra/site.py has it; read when torch is imported
+
 import jaxtyping
 import pytest
 import torch

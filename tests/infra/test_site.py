@@ -150,6 +150,13 @@ def test_a_worker_finds_the_local_site_by_its_folder_alone(tmp_path: Path, monke
     assert load_in_another_process("local", environment) == "the-secret-key tavlad"
 
 
+def test_threads_of_workers_sleep_where_they_wait_unless_told(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert load_site(str(lab)).worker_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert load_site(str(lab)).worker_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_a_worker_needs_no_site_file(lab: Path) -> None:
     environment = load_site(str(lab)).worker_environment()
     lab.unlink()

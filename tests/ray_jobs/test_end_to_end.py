@@ -32,6 +32,9 @@ def test_real_clips_end_as_a_registered_model_that_predicts_without_our_code_ins
     scored = tavlad("--json", "evaluate", "tavlad-real-split1@best", "--dataset", "real").document
     assert scored["test/top1"] == pytest.approx(document["test_top1"])
 
+    alone = tavlad("evaluate", "tavlad-real-split1@best", "--dataset", "real", "--fuse", "nothing")
+    assert (alone.code, "--fuse nothing: write it as MODEL=SET" in alone.err) == (2, True)
+
     video = str(real_videos / "videos" / "bend" / "daria_bend.avi")
     program = f"""
 import json, sys
@@ -255,9 +258,25 @@ def test_training_learns_from_the_features_that_were_filled(local_site: Site, pa
     assert done.document == {"registered": False}
     # Nothing is computed that is there already: trainings write what they compute.
     store = open_store(filled["uri"], local_site.s3)
-    assert "training from features (0.00 GB): the trunk takes about 0 s" in done.out + done.err
+    assert "stage 1 learns from features (0.00 GB): what is frozen takes about 0 s" in done.out + done.err
     assert not store.list("through/")
     assert tavlad("--json", *_FEATURES).document == filled | {"was_there": True}
+
+
+@pytest.mark.long
+def test_stage_2_learns_from_the_maps_below_its_last_block(local_site: Site, packed_clips: dict[str, Any]) -> None:
+    trunk = ["--set", "model.trunk=resnet18", "--set", "model.weights=none"]
+    filled = tavlad("--json", *_FEATURES, "--stage", "2", *trunk).document
+    assert filled["num_bytes"] == filled["num_entries"] * 8 * 256 * 4 * 4 * 2
+    train = [*TRAIN, *trunk, "--no-register", "--set", "training.num_views=3", "--set", "stage2.features=always"]
+    said = tavlad("--json", *train, "--set", "features.budget_gigabytes=0")
+    assert said.code == 0, "all of it is there already"
+    assert "stage 2 learns from features (0.00 GB): what is frozen takes about 0 s" in said.out + said.err
+    assert not open_store(filled["uri"], local_site.s3).list("through/")
+    refused = tavlad(*train, "--set", "training.num_views=4", "--set", "features.budget_gigabytes=0")
+    assert refused.code == 2
+    assert "features of 4 views a clip would take 0.00 GB, features.budget_gigabytes is 0" in refused.err
+    assert "stage 1 steps" not in refused.out + refused.err, "refused before anything long begins"
 
 
 @pytest.mark.chaos
@@ -278,3 +297,28 @@ def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed_
         assert not store.list("split")
     assert not tavlad("--json", *command).document["was_there"]
     assert _objects(store) == whole
+
+
+def test_stream_of_motion_is_trained_fused_and_reproduced_like_that_of_frames(
+    local_site: Site, packed_clips: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
+) -> None:
+    packed = tavlad(
+        *("--json", "pack", str(real_videos / "videos"), "--name", "real-flow", "--layout", "hmdb51"),
+        *("--splits", str(real_videos / "splits"), "--num-frames", "8", "--short-side", "96", "--modality", "flow"),
+    ).document
+    assert packed["clips"] == packed_clips["clips"]
+    train = ["train", "demo", "--dataset", "real-flow", *SHORT]
+    refused = tavlad(*train)
+    assert refused.code == 2
+    assert "is a set of flow and model.modality is 'rgb': add --set model.modality=flow" in refused.err
+    document = tavlad("--json", *train, "--set", "model.modality=flow").document
+    assert document["variant"].endswith("-flow")
+    rgb, flow = "tavlad-real-split1@best", "tavlad-real-flow-split1@best"
+    alone = tavlad("--json", "evaluate", flow, "--dataset", "real-flow").document
+    assert alone["test/top1"] == pytest.approx(document["test_top1"])
+    mixed_up = tavlad("evaluate", flow, "--dataset", "real")
+    assert (mixed_up.code, "(flow)" in mixed_up.err) == (2, True)
+    fused = tavlad("--json", "evaluate", rgb, "--dataset", "real", "--fuse", f"{flow}=real-flow").document
+    assert (fused["clips"], len(fused["confusion"])) == (alone["clips"], len(ACTIONS))
+    said = tavlad("--json", "predict", flow, str(real_videos / "videos" / "bend" / "daria_bend.avi"), "--top", "3")
+    assert {row["action"] for row in said.document["predictions"]} == set(ACTIONS)

@@ -61,6 +61,8 @@ def test_every_published_number_of_both_tables_is_there() -> None:
         "ta-vlad": 56.1,
         "ta-vlad-frozen-cam": 55.3,
         "consensus": None,
+        "ta-vlad-flow": None,
+        None: None,
     }
     table2 = {row.name: (row.accuracy["hmdb51"], row.accuracy["ucf101"]) for row in published_table(2)}
     assert table2 == {
@@ -106,7 +108,7 @@ def test_result_is_the_last_epoch_and_the_best_on_test_stands_apart(tmp_path: Pa
     assert OUTCOME.run_url in page.links
     assert all(source.startswith("data:") for source in page.sources), "one file"
     assert "Run in full, as the paper describes it." in page.text
-    assert page.text.count("not done yet") == 6
+    assert page.text.count("not done yet") == 7
 
 
 def test_rehearsal_is_told_in_words_and_a_failure_with_its_reason(tmp_path: Path) -> None:
@@ -169,6 +171,8 @@ def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
 
     monkeypatch.setattr(verb, "_outcome", outcome)
 
+    monkeypatch.setattr(verb, "_is_packed", lambda _site, _dataset, row: row.modality == "rgb")
+
     class _Site:
         mlflow_uri = "http://127.0.0.1:5000"
 
@@ -179,6 +183,46 @@ def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["done"] == 6
     assert [row["failure"] for row in document["trainings"]].count("no weights here") == 1
+
+
+def test_motion_rows_are_run_where_motion_is_packed_and_fused_rows_where_all_parts_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = {"mine-flow"}
+    monkeypatch.setattr(verb, "locate_set", lambda _site, name: name)
+
+    class _Store:
+        def __init__(self, uri: str, _: Any) -> None:
+            self.uri = uri
+
+        def exists(self, path: str) -> bool:
+            assert path == "index.parquet"
+            return self.uri in packed
+
+    monkeypatch.setattr(verb, "open_store", _Store)
+
+    class _Site:
+        s3 = None
+
+    def rows(dataset: str, *chosen: str) -> list[tuple[str | None, tuple[str, ...]]]:
+        found = verb._rows(_Site(), dataset, ReproduceOptions(table=1, rows=chosen))  # type: ignore[arg-type]
+        return [(row.recipe, row.fuses) for row in found]
+
+    both = ("ta-vlad", "ta-vlad-flow")
+    assert rows("mine")[-2:] == [("ta-vlad-flow", ()), (None, both)]
+    assert all(recipe != "ta-vlad-flow" and not fuses for recipe, fuses in rows("other"))
+    assert rows("other", "ta-vlad-flow", "ta-vlad") == [("ta-vlad", ()), ("ta-vlad-flow", ()), (None, both)]
+    assert rows("mine", "ta-vlad-flow") == [("ta-vlad-flow", ())]
+
+
+def test_fused_row_has_no_best_epoch_and_no_run(tmp_path: Path) -> None:
+    fused = dataclasses.replace(OUTCOME, best_on_test=None, history=[], run_url="", model="")
+    (row,) = [row for row in published_table(1) if row.fuses]
+    report = dataclasses.replace(_report(1, []), entries=[Entry(row=row, dataset="mine", split=1, outcome=fused)])
+    document = write_reproduction(tmp_path, report)
+    assert document["trainings"][0]["top1"] == OUTCOME.top1
+    text = Page((tmp_path / "report.html").read_text()).text.replace("\xa0", "")
+    assert "mine155.0%–––1530" in text.replace(" ", "")
 
 
 def test_share_of_a_set_keeps_every_action_in_every_part_and_grows_with_the_share() -> None:

@@ -24,7 +24,7 @@ from shards.store import open_store
 from shards.video import decode_clip
 from tavlad.backbone import load_weights
 from tavlad.checkpoint import ModelCard, load_model, save_checkpoint
-from tavlad.config import ModelConfig
+from tavlad.config import Modality, ModelConfig
 from tavlad.evaluate import evaluate
 from tavlad.model import TaVlad
 from tavlad.registry import register
@@ -75,19 +75,29 @@ def write_video(path: Path, frames: list[np.ndarray]) -> None:
 
 
 # In bf16 the head's matrix products round differently for another number of clips at once.
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bf16", 5e-3)])
+@pytest.mark.parametrize(
+    ("modality", "precision", "tolerance"),
+    [("rgb", "float32", 1e-5), ("rgb", "bf16", 5e-3), ("flow", "float32", 1e-5), ("difference", "float32", 1e-5)],
+)
 def test_a_file_is_predicted_as_it_was_evaluated(
-    directory: Path, videos: Path, tmp_path: Path, precision: Literal["float32", "bf16"], tolerance: float
+    directory: Path,
+    videos: Path,
+    tmp_path: Path,
+    modality: Modality,
+    precision: Literal["float32", "bf16"],
+    tolerance: float,
 ) -> None:
     store = open_store(str(tmp_path / "set"))
-    plan = plan_packing(scan("noise", videos, "folders"), PackOptions(num_frames=4, short_side=40))
+    options = PackOptions(modality=modality, num_frames=4, short_side=40)
+    plan = plan_packing(scan("noise", videos, "folders"), options)
     index = finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
     loader = ClipLoader(
         index, store, 1, "test", LoaderOptions(batch_size=2, seed=0, crop=32, augment=False, shuffle=False)
     )
     model, card = load_model(directory)
     directory = tmp_path / precision
-    save_checkpoint(directory, model, replace(card, precision=precision))
+    config = replace(card.model, modality=modality)
+    save_checkpoint(directory, model, replace(card, precision=precision, model=config))
     scores = evaluate(model, loader.epoch(0), precision)
     sources = dict(zip(index.clips_table.keys(), index.clips_table.table["source"].to_pylist(), strict=True))
     assert len(scores.keys) >= 3
@@ -130,6 +140,23 @@ def test_frames_of_another_size_and_number_are_chosen_and_cropped_as_decoded_one
     from_frames, from_file = clip_of(whole, CARD), clip_of(path, CARD)
     assert from_frames.shape == from_file.shape == (4, 3, 32, 32)
     assert (from_frames.float() - from_file.float()).abs().mean() < 8  # they differ by one JPEG
+
+
+def test_a_model_of_flow_sees_the_motion_of_frames_and_refuses_windows(
+    directory: Path, videos: Path, tmp_path: Path
+) -> None:
+    card = replace(CARD, model=replace(CONFIG, modality="flow"))
+    path = videos / "clap" / "0.mp4"
+    whole = decode_clip(path, 9, 40).frames_THWC.transpose(0, 3, 1, 2)
+    from_frames, from_file = clip_of(whole, card), clip_of(path, card)
+    assert from_frames.shape == from_file.shape == (4, 3, 32, 32)
+    assert (from_frames.float() - from_file.float()).abs().mean() < 8  # they differ by one JPEG
+    assert from_file[:, 0].float().mean() > 140, "everything moves to the right"
+    model, _ = load_model(directory)
+    save_checkpoint(tmp_path / "flow", model, card)
+    served = ServedModel(tmp_path / "flow")
+    with pytest.raises(ValueError, match="a model of flow sees whole videos: leave the windows out"):
+        list(served.answers([path], windows=Windows(seconds=1, stride=1)))
 
 
 def test_a_bad_video_is_named_and_the_others_are_predicted(directory: Path, videos: Path, tmp_path: Path) -> None:
@@ -227,7 +254,10 @@ def run_apart(program: str, *arguments: object) -> list:
 
 
 def test_the_staged_code_needs_only_what_it_names(tmp_path: Path) -> None:
-    code = stage_code(tmp_path)
+    code = stage_code(tmp_path, CONFIG)
+    assert "opencv-python-headless" not in str(code.pip_requirements)
+    of_flow = stage_code(tmp_path / "flow", replace(CONFIG, modality="flow"))
+    assert "opencv-python-headless==" in str(of_flow.pip_requirements)
     named = {requirement.partition("==")[0] for requirement in code.pip_requirements}
     assert "pillow" in named
     named.add("PIL")  # what it is imported as
@@ -253,7 +283,7 @@ def test_a_registered_model_predicts_in_a_process_with_nothing_of_ours(
 ) -> None:
     uri, video = mlflow_server.uri, videos / "clap" / "0.mp4"
     run_id = create_run(uri, "tavlad/served", "train", {RUN_TAG: "served"}, {})
-    code = stage_code(tmp_path / "code")
+    code = stage_code(tmp_path / "code", CONFIG)
     register(uri, directory, run_id=run_id, name="tavlad-served-split1", tags={}, accuracy=0.5, code=code)
     np.save(tmp_path / "frames.npy", clip_of(video, CARD)[None].numpy())
     model_uri = "models:/tavlad-served-split1@best"

@@ -42,6 +42,19 @@ def test_early_and_late_halves_make_the_whole() -> None:
         assert not torch.equal(trunk.early(images), images)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_last_maps_of_a_stored_early_map_are_those_of_the_images(precision: torch.dtype) -> None:
+    trunk = _lived_in("resnet18")
+    frozen, images = FrozenTrunk(trunk), torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        stored = frozen.early(images, 3).float().contiguous()
+        for factor in (1.0, 1.5):  # also after the last block has learned
+            with torch.no_grad():
+                trunk.last_block_convs()[0].weight.mul_(factor)
+            for expected, found in zip(frozen.maps(images, 3), frozen.late(stored, 3), strict=True):
+                assert torch.equal(found, expected)
+
+
 def test_changed_weights_are_seen_at_once() -> None:
     trunk = _lived_in("resnet18")
     frozen, images = FrozenTrunk(trunk), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)

@@ -37,7 +37,9 @@ def _no_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"recompute": True}, {"compile": True}, {"compile": True, "cuda_graphs": True}]
+)
 def test_stage_2_learns_the_same_as_on_a_cpu(changes: dict[str, object]) -> None:
     (expected, on_cpu), (found, on_gpu) = _train(torch.device("cpu")), _train(_GPU, **changes)
     for of_cpu, of_gpu in zip(on_cpu, on_gpu, strict=True):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tavlad.metrics import Scores
+from tavlad.metrics import Scores, fuse
 
 
 def _scores() -> Scores:
@@ -51,3 +51,19 @@ def test_ties_go_to_the_lower_label_so_that_scores_are_reproducible() -> None:
 def test_no_clips_is_an_error_and_not_a_score() -> None:
     with pytest.raises(ValueError, match="no clips to score"):
         Scores(keys=(), labels=np.zeros(0, dtype=np.int64), probabilities=np.zeros((0, 3)))
+
+
+def test_fused_scores_are_the_mean_probabilities() -> None:
+    one = _scores()
+    other = Scores(keys=one.keys, labels=one.labels, probabilities=one.probabilities[:, [1, 0, 2]])
+    fused = fuse([one, other])
+    assert fused.probabilities[1].tolist() == pytest.approx([0.45, 0.45, 0.1])
+    assert (fused.keys, fused.labels.tolist()) == (one.keys, one.labels.tolist())
+    assert np.array_equal(fuse([one]).probabilities, one.probabilities)
+
+
+def test_scores_of_different_clips_are_not_fused() -> None:
+    one = _scores()
+    other = Scores(keys=("a", "b", "c", "e"), labels=one.labels, probabilities=one.probabilities)
+    with pytest.raises(ValueError, match="models that have scored different clips cannot be fused"):
+        fuse([one, other])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import tavlad.model
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork
-from tavlad.config import ModelConfig
+from tavlad.clip import mirror
+from tavlad.config import Modality, ModelConfig
 from tavlad.model import TaVlad
 from tavlad.temporal import gru_over_time
 from tavlad.vlad import Vlad
@@ -400,14 +401,15 @@ def test_dropout_sits_where_it_is_put(build: Callable[..., TaVlad], place: str) 
     torch.testing.assert_close(model(_frames()), model(_frames()))
 
 
-def test_mirror_at_test_averages_the_logits_of_both_views() -> None:
+@pytest.mark.parametrize("modality", ["rgb", "flow"])
+def test_mirror_at_test_averages_the_logits_of_both_views(modality: Modality) -> None:
     torch.manual_seed(0)
-    config = dataclasses.replace(tiny.CONFIG, mirror_at_test=True)
+    config = dataclasses.replace(tiny.CONFIG, mirror_at_test=True, modality=modality)
     model = tiny.build_model(config).eval()
     plain = tiny.build_model(dataclasses.replace(config, mirror_at_test=False)).eval()
     frames = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        expected = (plain(frames) + plain(frames.flip(4))) / 2
+        expected = (plain(frames) + plain(mirror(frames, modality))) / 2
         torch.testing.assert_close(model(frames), expected)
         assert not torch.allclose(plain(frames), expected)
         model.train()

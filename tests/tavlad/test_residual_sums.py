@@ -70,3 +70,18 @@ def test_what_needs_no_gradient_gets_none() -> None:
     assert x_BTND.grad is None
     assert attention_BTN.grad is None
     assert vlad.centres.grad is not None
+
+
+def test_no_share_is_kept_that_processors_are_slow_with() -> None:
+    vlad, (x_BTND,) = _layer(torch.float32), _inputs(False, torch.float32)
+    with torch.no_grad():
+        vlad.weight.mul_(30)  # logits as at the paper's sharpness
+    exact = vlad.double().assign(x_BTND.double())
+    assert ((exact > 0) & (exact < 1e-38)).any(), "the case is not what it is meant to be"
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        vlad.float()(x_BTND)
+    (assign_BTNK,) = (each for each in saved if each.shape == (B, T, N, K))
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((assign_BTNK > 0) & (assign_BTNK < tiny)).any()
+    torch.testing.assert_close(assign_BTNK.double(), exact, rtol=1e-4, atol=1e-20)
