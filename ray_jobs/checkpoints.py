@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,19 +13,25 @@ _COMPLETE = "complete.json"
 
 
 class Checkpoints:
-    """Checkpoint directories under one prefix; their names sort in the order of training."""
+    """Checkpoint directories under one prefix; their names sort in the order of training.
+
+    Each writer has a folder of its own below a checkpoint's name, and whoever completes it first, made it: a worker
+    that was given up, behind a cut cable, say, and comes back, cannot mix its files with those of its successor.
+    """
 
     def __init__(self, store: Store, keep: int = 2) -> None:
         self._store = store
         self._keep = keep
+        self._writer = uuid.uuid4().hex[:12]
 
     def save(self, name: str, directory: Path) -> None:
         """Upload a checkpoint directory; it exists once all of it does. Older ones beyond `keep` are then removed."""
         digests: dict[str, str] = {}
         for path in sorted(directory.iterdir()):
-            self._store.upload(path, f"{name}/{path.name}")
-            digests[path.name] = _sha256(path)
-        self._store.write(f"{name}/{_COMPLETE}", json.dumps(digests, indent=1).encode())
+            place = f"{self._writer}/{path.name}"
+            self._store.upload(path, f"{name}/{place}")
+            digests[place] = _sha256(path)
+        self._store.write_if_absent(f"{name}/{_COMPLETE}", json.dumps(digests, indent=1).encode())
         for old in self.names()[: -self._keep]:
             self._remove(old)
 
@@ -37,11 +44,12 @@ class Checkpoints:
         """Download a checkpoint and check it against its digests."""
         digests: dict[str, str] = json.loads(self._store.read(f"{name}/{_COMPLETE}"))
         directory.mkdir(parents=True, exist_ok=True)
-        for file, digest in digests.items():
-            self._store.download(f"{name}/{file}", directory / file)
-            if _sha256(directory / file) != digest:
+        for place, digest in digests.items():
+            file = directory / place.rpartition("/")[2]
+            self._store.download(f"{name}/{place}", file)
+            if _sha256(file) != digest:
                 raise ValueError(
-                    f"{self._store.uri}/{name}/{file} is damaged (its SHA-256 differs): delete the checkpoint "
+                    f"{self._store.uri}/{name}/{place} is damaged (its SHA-256 differs): delete the checkpoint "
                     f"{self._store.uri}/{name} and run again; training goes on from the one before"
                 )
 

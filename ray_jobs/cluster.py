@@ -4,10 +4,17 @@ import logging
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.site import Site, job_variables
+
+NODE_OUT_OF_MEMORY = (
+    "a node ran out of memory, and Ray ended a process of this: lower training.batch_size or "
+    "resources.prefetch_batches, reserve memory for a worker (resources.memory_per_worker, GB), or use larger nodes"
+)
+# In the messages of a torch that is refused memory; verbs that need no torch import this module too.
+_REFUSED_BY_GPU, _REFUSED_BY_MACHINE = "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
 
 
 def connect(site: Site) -> None:
@@ -61,7 +68,20 @@ def result_of(reference: Any) -> Any:
     """What a task returns; a mistake of the user is raised as the task raised it, without the task's traceback."""
     try:
         return ray.get(reference)
+    except OutOfMemoryError as error:
+        raise ValueError(NODE_OUT_OF_MEMORY) from error
     except RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
+        if (text := lack_of_memory(error.cause)) is not None:
+            raise ValueError(text) from error
         raise
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What to do about an error that means that a process was refused memory; None if it means something else."""
+    if isinstance(error, RuntimeError) and _REFUSED_BY_GPU in str(error):
+        return "the GPU's memory is too small for this: lower training.batch_size, or use more workers"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _REFUSED_BY_MACHINE in str(error)):
+        return "the machine's memory is too small for this: lower training.batch_size or the model's sizes"
+    return None

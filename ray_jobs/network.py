@@ -7,8 +7,10 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend  # pyright: ignore[reportPrivateUsage]
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -28,8 +30,14 @@ class HostNetwork(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_choose_interface)
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(_choose_interface)
+            super().on_start(worker_group, backend_config)
+        except (RayActorError, RayTaskError) as error:
+            # A worker died just now. Ray takes the group for started, and would leave it its place for ever; and it
+            # would end the training where it hears first of a peer whose connection broke.
+            worker_group._clear_state()  # pyright: ignore[reportPrivateUsage]
+            raise WorkerGroupStartupFailedError(str(error)) from error
 
 
 def _choose_interface() -> None:

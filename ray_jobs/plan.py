@@ -45,7 +45,8 @@ class TrainingPlan:
 
     def checkpoints(self, site: Site) -> Checkpoints:
         """The store of its checkpoints."""
-        return Checkpoints(open_store(f"{self.uri}/checkpoints", site.s3))
+        store = open_store(f"{self.uri}/checkpoints", site.s3)
+        return Checkpoints(store, keep=self.recipe.resources.keep_checkpoints)
 
 
 def read_uri(site: Site, uri: str) -> bytes:

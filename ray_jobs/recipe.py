@@ -49,6 +49,8 @@ class ResourceConfig:
     """GB that each node's cache of packed clips may take, for all trainings there together; 0 for no cache."""
     checkpoint_steps: int = 200
     """Steps between two checkpoints within an epoch; there is one at each epoch's end too. 0: only there."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay, the newest; the last one is what is registered."""
     max_restarts: int = 5
     """Times in a row, without a new checkpoint in between, that a training whose worker died is started again. What is
     announced (SIGTERM, a node that Ray drains) is not counted."""
@@ -61,7 +63,7 @@ class ResourceConfig:
                 f"resources.virtual_ranks = {self.virtual_ranks}: must be at least the number of workers "
                 f'({self.most_workers}) with resources.reduce = "deterministic"'
             )
-        for name in ("prefetch_batches", "virtual_ranks"):
+        for name in ("prefetch_batches", "virtual_ranks", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
         not_negative = ("gpus_per_worker", "cpus_per_worker", "memory_per_worker", "disk_cache", "checkpoint_steps")

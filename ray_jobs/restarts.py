@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
     ReschedulingState,
@@ -17,11 +17,15 @@ from ray.train.v2._internal.execution.controller.state import (
     RestartingState,
     TrainControllerState,
 )
+from ray.train.v2._internal.execution.failure_handling.default import (
+    _is_preemption_failure,  # pyright: ignore[reportPrivateUsage]
+)
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from ray_jobs.monitor import Monitor, Said
+from ray_jobs.cluster import NODE_OUT_OF_MEMORY
+from ray_jobs.monitor import Leaving, Monitor, Said, UserError
 from ray_jobs.notice import give_notice
 
 _SECONDS_FOR_A_CHECKPOINT = 60.0
@@ -37,10 +41,17 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._max_restarts = max_restarts
         self._group: WorkerGroup | None = None
         self._told_of_waiting = False
+        self._began = 0.0
+
+    def before_worker_group_start(self, worker_group_context: WorkerGroupContext) -> None:
+        """Measure from here how long it takes."""
+        self._began = time.monotonic()
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         """Remember whom to tell of a resize."""
         self._group = worker_group
+        seconds = time.monotonic() - self._began
+        self._monitor.tell(Said(text=f"{len(worker_group)} workers are up and connected, after {seconds:.1f} s"))
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -51,16 +62,26 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
                 self._wait_for_room()
                 return
             self._told_of_waiting = False
-            seconds = self._monitor.lost(_cause(current_state.training_failed_error), self._max_restarts)
-            if seconds is None:
-                raise RuntimeError("the training is not started again: see the driver's message")
-            time.sleep(seconds)
+            self._lost(current_state.training_failed_error)
         elif isinstance(current_state, ReschedulingState):
-            self._wait_for_room()
+            if _is_death_at_the_start(current_state.training_failed_error) and current_state is not previous_state:
+                self._lost(current_state.training_failed_error)
+            else:
+                self._wait_for_room()
         elif isinstance(current_state, ResizingState):
             decision = current_state.scaling_decision
             assert isinstance(decision, ResizeDecision)
             self._prepare_resize(decision.num_workers)
+
+    def _lost(self, error: TrainingFailedError) -> None:
+        if any(isinstance(each, OutOfMemoryError) for each in _deaths(error).values()):
+            self._monitor.tell_surely(UserError(text=NODE_OUT_OF_MEMORY))
+        elif _is_preemption_failure(error) and not self._monitor.has_left():
+            self._monitor.tell_surely(Leaving(text="a node was taken away: starting again"))
+        seconds = self._monitor.lost(_cause(error), self._max_restarts)
+        if seconds is None:
+            raise RuntimeError("the training is not started again: see the driver's message")
+        time.sleep(seconds)
 
     def _wait_for_room(self) -> None:
         if not self._told_of_waiting:
@@ -82,12 +103,28 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._monitor.start_anew()
 
 
+def _is_death_at_the_start(error: TrainingFailedError) -> bool:
+    """Whether workers were lost before they trained; what Ray waits for otherwise is room for them."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+
+
+def _deaths(error: TrainingFailedError) -> dict[int, Exception]:
+    """How workers died, by rank."""
+    failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    return {
+        rank: each.health_check_failure
+        for rank, each in sorted(failures.items())
+        if isinstance(each, WorkerHealthCheckFailedError)
+    }
+
+
 def _cause(error: TrainingFailedError) -> str:
     """The first cause in one sentence, without a traceback."""
-    failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    died = sorted(rank for rank, each in failures.items() if isinstance(each, WorkerHealthCheckFailedError))
-    if died:
+    if _is_death_at_the_start(error):
+        return "a worker died, or its node was lost, while the workers were starting"
+    if died := _deaths(error):
         return f"worker {', '.join(map(str, died))} died, or its node was lost"
+    failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for rank, each in sorted(failures.items()):
         last_line = (str(each).strip().splitlines() or [type(each).__name__])[-1]  # before it is a traceback
         if not any(word in last_line for word in _COLLATERAL):

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 
 from infra.site import Site
 from ray_jobs.cluster import connect
@@ -81,17 +83,31 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
     )
     monitor = Monitor.start()
     config = WorkerConfig(plan=plan, codebook_uri=codebook.uri, card=card, monitor=monitor)
-    trainer = _trainer(site, plan, config)
     follower = _Follower(plan, records, console)
     # Ray Train's fit blocks: it runs in a thread while this one shows what happens.
     with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as executor:
-        training = executor.submit(trainer.fit)
+        training = executor.submit(_fit, site, plan, config)
         follower.follow(monitor, training)
     error = monitor.error()
     monitor.stop()
     if error is not None:
         raise ValueError(error)
     training.result()
+
+
+def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
+    """Ray Train's fit, again where Ray gives up: its controller died, or a worker at a moment it has no word for."""
+    while True:
+        try:
+            _trainer(site, plan, config).fit()
+        except (RayActorError, ControllerError):
+            cause = "Ray's controller of the training was lost"
+            seconds = config.monitor.lost(cause, plan.recipe.resources.max_restarts)
+            if seconds is None:
+                raise
+            time.sleep(seconds)
+        else:
+            return
 
 
 def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.torch.TorchTrainer:
@@ -135,6 +151,7 @@ class _Follower:
         self._records = records
         self._console = console
         self._note = ""
+        self._began = time.monotonic()
         self._lost_at: float | None = None
         self._last_step = (0, 0)
 
@@ -189,6 +206,8 @@ class _Follower:
             repeated = self._last_step[1] - done + 1 if stage == self._last_step[0] else 0
             self._console.say(f"  training again after {seconds:.1f} s; {max(0, repeated)} steps are repeated")
             self._lost_at = None
+        elif self._last_step == (0, 0):
+            self._console.say(f"  the first step is done, after {time.monotonic() - self._began:.1f} s")
         self._last_step = (stage, done)
 
     def _advance(self, bars: dict[int, tuple[Any, Advance]], stage: int, done: int, total: int) -> None:

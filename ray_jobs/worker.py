@@ -16,6 +16,7 @@ import torch
 
 from infra.site import Site, load_site
 from ray_jobs.checkpoints import BackgroundWriter
+from ray_jobs.cluster import lack_of_memory
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
@@ -53,8 +54,9 @@ def train_worker(config: WorkerConfig) -> None:
     trainer = _Trainer(config)
     try:
         trainer.run()
-    except torch.OutOfMemoryError as error:
-        text = "the GPU's memory is too small for this training: lower training.batch_size, or use more workers"
+    except (MemoryError, RuntimeError) as error:
+        if (text := lack_of_memory(error)) is None:
+            raise
         config.monitor.tell_surely(UserError(text=text))
         raise ValueError(text) from error
     except StoreUnreachable as error:  # not the user's to mend: later it may answer
@@ -95,7 +97,9 @@ class _Trainer:
     def run(self) -> None:
         """Both stages, or what is left of them."""
         store, index = outlast(lambda: open_set(self._site, self._plan.dataset_uri, self._recipe))
-        model, resume = outlast(lambda: self._model(index))
+        newest = self._newest_checkpoint()
+        model, resume = outlast(lambda: self._model(index, newest))
+        self._tell_of_start(newest)
         loading = self._loading(model, index, store)
         train = self._loader(index, store, loading, training=True)
         test = self._loader(index, store, loading, training=False)
@@ -149,26 +153,30 @@ class _Trainer:
         assert use is not None
         return features if use.use_features else None
 
-    def _model(self, index: Index) -> tuple[TaVlad, TrainState | None]:
+    def _newest_checkpoint(self) -> str | None:
+        """One rank looks for all: another that looks a moment later might see another one."""
+        names = outlast(self._checkpoints.names) if self._world.rank == 0 else []
+        (newest, *_) = self._world.gather(names[-1] if names else None)
+        return newest
+
+    def _model(self, index: Index, newest: str | None) -> tuple[TaVlad, TrainState | None]:
         """The model as the newest checkpoint has it, or as training begins."""
         model, _ = build_untrained(self._site, self._recipe, len(index.actions))
         if model.vlad is not None:
             model.initialise(load_codebook(self._codebook_uri, self._site))
-        names = self._checkpoints.names()
         resume = None
-        if names:
+        if newest is not None:
             with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
                 directory = Path(folder)
-                self._checkpoints.fetch(names[-1], directory)
+                self._checkpoints.fetch(newest, directory)
                 load_weights_into(model, directory)
                 resume = load_state(directory)
                 self._history = json.loads((directory / HISTORY).read_text(encoding="utf-8"))
-        if self._world.rank == 0:
-            started = Started(
-                resumed_from=names[-1] if names else None, history=self._history, num_workers=self._world.size
-            )
-            self._monitor.tell(started)
         return model.to(self._world.device), resume
+
+    def _tell_of_start(self, newest: str | None) -> None:
+        if self._world.rank == 0:
+            self._monitor.tell(Started(resumed_from=newest, history=self._history, num_workers=self._world.size))
 
     def _loading(self, model: TaVlad, index: Index, store: Store) -> Loading:
         """How this rank reads clips; changes nothing but the time, and on a GPU the pixels' rounding."""

@@ -36,7 +36,8 @@ class GpuDecoder:
         size = slot_TCHW.shape[-1]
         with self._beside():
             frames_TCHW = torch.stack(decode_jpegs(jpegs, self._device))
-            window = window_of(view, *frames_TCHW.shape[2:], size)
+            height, width = frames_TCHW.shape[2:]
+            window = window_of(view, height, width, size)
             rows = slice(window.top, window.top + window.height)
             shown_TCHW = frames_TCHW[..., rows, window.left : window.left + window.width].float()
             resized_TCHW = F.interpolate(shown_TCHW, size=(size, size), mode="bilinear", antialias=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 _CLIPS_PER_GPU_PASS = 32
 _LEAST = 1e-20
@@ -51,7 +51,7 @@ class _ResidualSums(torch.autograd.Function):
             weighted_FNK = assign_BTNK[clips].flatten(0, 1)
             logits_XK = torch.addmm(bias_K, x_FND.flatten(0, 1), weight_KD.T)
             torch.softmax(logits_XK, dim=-1, out=weighted_FNK.flatten(0, 1))
-            nn.functional.threshold_(weighted_FNK, _LEAST, 0.0)
+            torch.threshold_(weighted_FNK, _LEAST, 0.0)
             if attention_BTN is not None:
                 weighted_FNK = weighted_FNK * attention_BTN[clips].flatten(0, 1)[..., None]
             sums_FKD = torch.bmm(weighted_FNK.transpose(1, 2), x_FND)

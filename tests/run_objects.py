@@ -7,15 +7,17 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load
+from safetensors.numpy import load_file
 
 from infra.site import load_site
+from ray_jobs.checkpoints import Checkpoints
 from shards.store import Store, ensure_bucket, open_store
 
 _PATIENCE_S = 880.0
@@ -24,6 +26,10 @@ _SITE = load_site(sys.argv[1])
 
 def _runs() -> Store:
     return open_store(_SITE.runs_uri, _SITE.s3)
+
+
+def _checkpoints(run: str) -> Checkpoints:
+    return Checkpoints(_runs().child(f"{run}/checkpoints"))
 
 
 def _get(url: str) -> bytes:
@@ -112,8 +118,7 @@ def runs() -> list[str]:
 
 def checkpoints(run: str) -> list[str]:
     """A training's whole checkpoints."""
-    head, tail = f"{run}/checkpoints/", "/complete.json"
-    return [path.removeprefix(head).removesuffix(tail) for path in _runs().list(head) if path.endswith(tail)]
+    return _checkpoints(run).names()
 
 
 def wait_for_checkpoint(beyond: str) -> dict[str, Any]:
@@ -130,9 +135,10 @@ def wait_for_checkpoint(beyond: str) -> dict[str, Any]:
 
 def weights(run: str) -> dict[str, str]:
     """A digest of each tensor of the training's last checkpoint."""
-    store = _runs()
-    newest = max(path for path in store.list(f"{run}/checkpoints/") if path.endswith("weights.safetensors"))
-    tensors = load(store.read(newest))
+    newest = _checkpoints(run).names()[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        _checkpoints(run).fetch(newest, Path(folder))
+        tensors = load_file(Path(folder) / "weights.safetensors")
     return {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in tensors.items()} | {"from": newest}
 
 

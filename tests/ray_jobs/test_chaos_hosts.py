@@ -3,8 +3,9 @@
 The hosts are network namespaces (tests/host_cluster.py); what is done to them is what happens to machines.
 """
 
+import re
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -32,10 +33,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Generator[Rehearsal
         yield made
 
 
-def check(undisturbed: Rehearsal, seen: Disturbed, fault: str) -> None:
-    """The same weights; every epoch once in MLflow; nothing left of Ray's; and a line for docs/RELIABILITY.md."""
-    line = f"{fault}: at {seen.reached}, went on from {seen.resumed}, {seen.seconds_to_recover:.0f} s"
-    print(f"\n{line}")  # noqa: T201
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str]) -> Callable[[Disturbed, str], None]:
+    """Prints a row of docs/RELIABILITY.md: the fault, what was seen, steps repeated, seconds to recover."""
+
+    def row(seen: Disturbed, fault: str) -> None:
+        again = re.findall(r"training again after ([\d.]+) s; (\d+) steps", seen.output)
+        told = "; ".join(line.strip() for line in seen.output.splitlines() if "starting again" in line)
+        resumed = ", ".join(seen.resumed) or "no checkpoint: it was not interrupted"
+        repeated = ", ".join(steps for _, steps in again) or "0"
+        seconds = f"next checkpoint after {seen.seconds_to_recover:.0f} s"
+        with capsys.disabled():
+            print(f"\n| {fault} | {told}; went on from {resumed} | {repeated} | {seconds} | yes |")  # noqa: T201
+
+    return row
+
+
+Show = Callable[[Disturbed, str], None]
+
+
+def check(undisturbed: Rehearsal, seen: Disturbed) -> None:
+    """The same weights; every epoch once in MLflow; nothing left of Ray's."""
     assert seen.weights == undisturbed.weights
     site = undisturbed.site
     steps = site.ask("epochs-in-mlflow", "tavlad/rehearsal", "1")
@@ -46,14 +64,15 @@ def check(undisturbed: Rehearsal, seen: Disturbed, fault: str) -> None:
         time.sleep(1)
 
 
-def test_worker_host_that_loses_power_and_is_replaced(undisturbed: Rehearsal) -> None:
+def test_worker_host_that_loses_power_and_is_replaced(undisturbed: Rehearsal, show: Show) -> None:
     site = undisturbed.site
     seen = disturbed(site, train(1), _MIDDLE, lambda: replace_worker(site))
-    check(undisturbed, seen, "power off a worker host")
+    check(undisturbed, seen)
     assert seen.resumed, "it was started again from a checkpoint"
+    show(seen, "a worker host loses power (nobody hears its connections end) and is replaced")
 
 
-def test_worker_host_whose_processes_are_all_killed(undisturbed: Rehearsal) -> None:
+def test_worker_host_whose_processes_are_all_killed(undisturbed: Rehearsal, show: Show) -> None:
     site = undisturbed.site
 
     def harm() -> None:
@@ -61,11 +80,12 @@ def test_worker_host_whose_processes_are_all_killed(undisturbed: Rehearsal) -> N
         site.add_worker("worker")
 
     seen = disturbed(site, train(1), _MIDDLE, harm)
-    check(undisturbed, seen, "kill -9 a worker host")
+    check(undisturbed, seen)
     assert seen.resumed
+    show(seen, "kill -9 of all that a worker host runs; it is replaced")
 
 
-def test_worker_host_that_is_cut_off_for_a_minute(undisturbed: Rehearsal) -> None:
+def test_worker_host_that_is_cut_off_for_a_minute(undisturbed: Rehearsal, show: Show) -> None:
     site = undisturbed.site
 
     def harm() -> None:
@@ -73,4 +93,6 @@ def test_worker_host_that_is_cut_off_for_a_minute(undisturbed: Rehearsal) -> Non
         time.sleep(_CUT_S)
         site.restore("worker")
 
-    check(undisturbed, disturbed(site, train(1), _MIDDLE, harm), "cut a worker host's cable for 60 s")
+    seen = disturbed(site, train(1), _MIDDLE, harm)
+    check(undisturbed, seen)
+    show(seen, "a worker host's cable is cut for 60 s")

@@ -36,8 +36,9 @@ def test_checkpoint_cut_off_while_it_is_written_does_not_exist(tmp_path: Path, s
 
 def test_damaged_checkpoint_is_named_with_the_remedy(tmp_path: Path, store: Store) -> None:
     Checkpoints(store).save("stage1-epoch00001", _directory(tmp_path, "one"))
-    store.write("stage1-epoch00001/weights", b"flipped")
-    with pytest.raises(ValueError, match=r"stage1-epoch00001/weights is damaged .* delete the checkpoint"):
+    (weights,) = [path for path in store.list() if path.endswith("weights")]
+    store.write(weights, b"flipped")
+    with pytest.raises(ValueError, match=r"stage1-epoch00001/.*/weights is damaged .* delete the checkpoint"):
         Checkpoints(store).fetch("stage1-epoch00001", tmp_path / "back")
 
 
@@ -47,3 +48,10 @@ def test_newest_checkpoints_are_kept_and_nothing_of_the_older_ones_is_left(tmp_p
         checkpoints.save(epoch, _directory(tmp_path, epoch))
     assert checkpoints.names() == ["stage1-epoch00010", "stage2-epoch00001"]
     assert not store.list("stage1-epoch00009/")
+
+
+def test_writer_that_was_given_up_cannot_harm_the_checkpoint_of_its_successor(tmp_path: Path, store: Store) -> None:
+    Checkpoints(store).save("stage1-epoch00001", _directory(tmp_path, "successor"))
+    Checkpoints(store).save("stage1-epoch00001", _directory(tmp_path, "given up"))
+    Checkpoints(store).fetch("stage1-epoch00001", tmp_path / "back")
+    assert (tmp_path / "back" / "weights").read_text() == "successor"

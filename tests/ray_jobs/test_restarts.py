@@ -1,7 +1,9 @@
 """When a training that lost its workers is started again, and after how long."""
 
 import pytest
+import torch
 
+from ray_jobs.cluster import lack_of_memory
 from ray_jobs.monitor import Leaving, Lost, Saved, UserError, _Monitor
 from ray_jobs.recipe import load_recipe
 
@@ -58,3 +60,11 @@ def test_other_numbers_of_workers_are_refused(text: str) -> None:
 def test_more_workers_than_virtual_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"resources\.virtual_ranks = 8: must be at least the number of workers \(9\)"):
         load_recipe("demo", ["resources.workers=2-9", "resources.reduce=deterministic"], "set")
+
+
+def test_memory_that_a_machine_refuses_is_said_in_one_sentence() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(10**15)
+    text = lack_of_memory(refused.value)
+    assert text == "the machine's memory is too small for this: lower training.batch_size or the model's sizes"
+    assert lack_of_memory(RuntimeError("Connection closed by peer")) is None
