@@ -44,7 +44,8 @@ class Progress:
         self._epochs = epochs
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
-        self._started = time.monotonic()
+        self._started: float | None = None
+        """When the first trial of this process began: codebooks and features before it say nothing of the others."""
         self._epochs_done = 0
         self.stopping = False
         """Set when the user wants to stop: trials that end from then on are interrupted, not over."""
@@ -54,6 +55,7 @@ class Progress:
         trial_id = self._plan.trial_id(changes)
         self._store.start(trial_id, changes)
         with self._lock:
+            self._started = self._started or time.monotonic()
             if trial_id not in self._running:
                 self._running[trial_id] = _Running(changes)
             self._running[trial_id].state = "running"
@@ -118,7 +120,7 @@ class Progress:
         with self._lock:
             waiting = self._total - len(self.over) - len(self._running)
             epochs = waiting * self._epochs + sum(self._epochs - len(each.rows) for each in self._running.values())
-        if not self._epochs_done:
+        if self._started is None or not self._epochs_done:
             return "time left unknown"
         seconds = max(0, epochs) * (time.monotonic() - self._started) / self._epochs_done
         at_most = "at most " if self._plan.options.scheduler == "asha" else ""
