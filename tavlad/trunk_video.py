@@ -23,7 +23,6 @@ class R3d18Trunk(TrunkNetwork):
 
     feature_size = 512
     has_activation_maps = False
-    has_early_map = False  # none that is kept: features are of frames
     joins_frames = True
 
     def __init__(self) -> None:
@@ -37,6 +36,10 @@ class R3d18Trunk(TrunkNetwork):
             network.layer3,
             network.layer4,
         )
+
+    @property
+    def has_early_map(self) -> bool:
+        return False  # none that is kept: features are of frames
 
     @property
     def classifier(self) -> nn.Linear:
