@@ -94,7 +94,7 @@ def test_trunk_that_is_not_cut_has_no_features_for_a_stage_that_trains_it(packed
         other = change_recipe(recipe, {"model": {"trunk": "resnet18"}})
         assert may_use_features(other, other.stage2, TaVlad(other.model, 3)) == (wanted != "never")
     video = {"trunk": "r3d_18", "attention": "none", "temporal": "conv3d"}
-    with pytest.raises(ValueError, match=r'features of model\.trunk = "r3d_18" are not kept, since it joins frames'):
+    with pytest.raises(ValueError, match=r'features of model\.trunk = "r3d_18" are not kept: it joins frames'):
         _set_of(packed, model=video)
 
 

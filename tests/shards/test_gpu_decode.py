@@ -36,7 +36,7 @@ def _difference(device: torch.device, view: View | TsnView | None, size: int) ->
 def test_a_view_is_the_cpus_but_for_rounding(view: View | TsnView | None, size: int) -> None:
     difference = _difference(_CPU, view, size)
     assert difference.max() <= 1
-    assert difference.float().mean() < 0.1, "nearly all are equal"
+    assert difference.float().mean() < 0.25, "most are equal"
 
 
 @pytest.mark.needs_gpu
