@@ -87,6 +87,7 @@ _RUN = {
     "tavlad pack": "tests/fixtures_verbs.py",
     "tavlad features": "tests/ray_jobs/test_end_to_end.py",
     "tavlad reproduce": "tests/ray_jobs/test_end_to_end.py",
+    "tavlad evaluate": "tests/ray_jobs/test_end_to_end.py",
     "tavlad serve": "tests/ray_jobs/test_serve.py",
     "tavlad predict": "tests/ray_jobs/test_cli_models.py",
     "tavlad train": "tests/fixtures_verbs.py",
