@@ -66,7 +66,7 @@ def record_training(tracking_uri: str, folder: Path, dataset: str, temporal: str
             name=f"tavlad-{dataset}-split1",
             tags={"variant": recipe.model.variant, "dataset": dataset, "dataset_fingerprint": index.fingerprint},
             accuracy=top1,
-            code=stage_code(folder / f"code-{seed}"),
+            code=stage_code(folder / f"code-{seed}", model),
         )
         records.finish()
         return registered
