@@ -6,7 +6,8 @@ VIDEOS is a folder with a folder of videos an action; without it 64 videos are r
 S3 server of this machine (which takes its share of the same cores), and read by each variant in a process of its own,
 in turn. The limit decodes the set's JPEGs from memory in a bare loop in as many processes as others have workers.
 Loaders that are not installed are left out: pip install mosaicml-streaming litdata torchcodec, in an environment of
-their own. One long file, so that what is compared can be seen at once.
+their own. `--steps` says instead where the reader's time goes, on one thread. One long file, so that what is compared
+can be seen at once.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,14 +38,16 @@ from pyarrow import parquet as pq
 
 from benchmarks.harness import Figures, Meter, interleaved, machine_facts, write_results
 from shards.clip_bytes import END_OF_SHARD, decode_jpeg, frame_files, read_tar_members, tar_members
+from shards.clip_view import decode_window
 from shards.datasets import scan
 from shards.disk_cache import DiskCache
 from shards.index import ClipTable, Index, load_index
+from shards.jpeg_crop import JpegCrop, JpegHeader
 from shards.pack import finish, pack_shard
 from shards.plan import PackOptions, plan_packing
 from shards.read import ClipLoader, LoaderOptions
 from shards.store import S3Access, Store, open_store
-from shards.transforms import crop_clip, draw_view, window_of
+from shards.transforms import VIEWS, crop_clip, draw_view, window_of
 
 BATCH = 8
 CLIPS_AN_EPOCH = 1600
@@ -469,6 +473,48 @@ def _child() -> None:
     os._exit(0)  # without waiting for loaders that end slowly
 
 
+def _steps(store: Store, crop: int, repeats: int) -> dict[str, Figures]:
+    """CPU ms a clip that each step of reading takes, and that decoding whole JPEGs would."""
+    torch.set_num_threads(1)
+    table, decode, clock = load_index(store).clips_table, decode_window(), time.thread_time
+    out_TCSS: Any = None
+    rounds: list[Figures] = []
+    for number in range(repeats + 1):
+        spent: Figures = dict.fromkeys(("read", "digest", "cut", "decode_whole", "decode", "decode_and_place"), 0.0)
+        for row in range(len(table)):
+            place = table.place(row)
+            moments = [clock()]
+            members = store.read_range(place.shard, place.offset, place.length)
+            moments.append(clock())
+            hashlib.sha256(members).hexdigest()
+            moments.append(clock())
+            jpegs = read_tar_members(members)[1:]
+            header = JpegHeader.of(jpegs[0])
+            window = window_of(VIEWS[(row + number) % len(VIEWS)], header.height, header.width, crop)
+            cut = JpegCrop(header, *window[:4])
+            data, lengths = cut.crop(jpegs)
+            moments.append(clock())
+            parts = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+            kept = torch.frombuffer(data, dtype=torch.uint8)
+            if out_TCSS is None:
+                out_TCSS = torch.empty((len(jpegs), crop, crop, 3), dtype=torch.uint8).movedim(-1, 1)
+            start = clock()
+            for jpeg in parts:
+                torch.ops.image.decode_jpeg(jpeg, 3)
+            whole = clock()
+            for jpeg in kept.split(lengths):
+                torch.ops.image.decode_jpeg(jpeg, 3)
+            decoded = clock()
+            decode(kept, lengths, window.top - cut.top, window.left - cut.left, *window[2:], out_TCSS)
+            took = [later - sooner for sooner, later in itertools.pairwise(moments)]
+            took += [whole - start, decoded - whole, clock() - decoded]
+            for step, seconds in zip(spent, took, strict=True):
+                spent[step] += 1000 * seconds / len(table)
+        rounds.append(spent)
+    del rounds[0]  # which warmed up
+    return {step: {"cpu_ms_a_clip": statistics.median(each[step] for each in rounds)} for step in rounds[0]}
+
+
 def _prepare(videos: Path, store: Store) -> Index:
     plan = plan_packing(scan("bench", videos, "folders"), PackOptions())
     return finish(plan, [pack_shard(plan, number, store) for number in range(len(plan.shards))], store)
@@ -483,6 +529,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="variants whose names contain one of these words, comma between")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--steps", action="store_true", help="where the reader's time goes, instead")
     options = parser.parse_args()
     from infra import local
 
@@ -497,6 +544,11 @@ def main() -> None:
             render_videos(videos, 8, 0)
         store = open_store(str(folder / "set"))
         index = _prepare(videos, store)
+        if options.steps:
+            facts = {"clips": len(index.clips_table), "crop": options.crop} | machine_facts(("torch", "torchvision"))
+            steps = _steps(store, options.crop, options.repeats)
+            write_results(options.out, f"{options.name}-steps", facts, {"steps": steps})
+            return
         try:
             s3 = local.up(services=["s3"]).s3
             server = next(service.pid for service in local.status() if service.name == "s3") or 0
