@@ -299,6 +299,7 @@ def test_filling_killed_twice_ends_as_one_that_was_not(local_site: Site, packed_
     assert _objects(store) == whole
 
 
+@pytest.mark.long
 def test_stream_of_motion_is_trained_fused_and_reproduced_like_that_of_frames(
     local_site: Site, packed_clips: dict[str, Any], trained: Trained, real_videos: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ COMMAND = [
 ]
 
 
+@pytest.mark.long
 def test_row_of_table_2_is_reproduced_and_found_again(
     local_site: Site, packed_clips: dict[str, Any], tmp_path: Path
 ) -> None:
