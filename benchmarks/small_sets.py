@@ -146,7 +146,7 @@ def _scores(recipe: Recipe, packed: _Packed, held_out: set[str], work: Path) -> 
     training, seen = recipe.training, _fold(packed.index, held_out)
     model, weights = _model(recipe, len(seen.actions))
     features = _features(recipe, packed.index, model, weights, work)
-    extract = Extractor(model, _CPU, training.precision)
+    extract = Extractor(model, _CPU, training.precision, features.kind)
     maps = _sampled_maps(recipe, seen, packed.store, features, extract)
     model.initialise(learn_words(descriptors_of(maps), recipe.model, training.seed))
     loaders = [
