@@ -180,6 +180,7 @@ def test_secrets_are_for_the_owner_only(local_site: Site) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("harmed_home")
+@pytest.mark.chaos
 def test_parts_that_were_killed_are_healed_with_their_data(harmed_site: Site) -> None:
     store = open_store("s3://tavlad/kept", harmed_site.s3)
     store.write("a", b"still here")
@@ -197,6 +198,7 @@ def test_parts_that_were_killed_are_healed_with_their_data(harmed_site: Site) ->
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("harmed_home")
+@pytest.mark.chaos
 def test_services_whose_first_process_was_killed_are_replaced_whole(harmed_site: Site) -> None:
     local.up()
     before = everything()
@@ -297,6 +299,7 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(home: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_server_that_hangs_is_given_time_before_it_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local.up(services=["s3"])
     (server,) = members("s3")

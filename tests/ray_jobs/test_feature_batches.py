@@ -83,12 +83,12 @@ def _train(
     [
         (1, "float32", "float32", "cam", 1e-5),
         (1, "float32", "float16", "cam", 1e-3),
-        (1, "bf16", "float16", "frozen-cam", 1e-3),
+        pytest.param(1, "bf16", "float16", "frozen-cam", 1e-3, marks=pytest.mark.slow),
         (1, "float32", "float32", "none", 1e-5),
-        (2, "float32", "float32", "cam", 1e-5),
-        (2, "float32", "float16", "cam", 1e-3),
-        (2, "bf16", "float16", "cam", 1e-3),
-        (2, "float32", "float32", "frozen-cam", 1e-5),
+        pytest.param(2, "float32", "float32", "cam", 1e-5, marks=pytest.mark.slow),
+        pytest.param(2, "float32", "float16", "cam", 1e-3, marks=pytest.mark.slow),
+        pytest.param(2, "bf16", "float16", "cam", 1e-3, marks=pytest.mark.slow),
+        pytest.param(2, "float32", "float32", "frozen-cam", 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_scores_from_features_are_those_from_frames(

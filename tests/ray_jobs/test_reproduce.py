@@ -171,6 +171,7 @@ def test_departures_are_what_changes_the_numbers() -> None:
     assert departures(changes=("ta-vlad:training.crop=64",)) == ["training.crop=64 in ta-vlad"]
 
 
+@pytest.mark.slow
 def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

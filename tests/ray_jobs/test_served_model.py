@@ -278,6 +278,7 @@ def test_the_staged_code_needs_only_what_it_names(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*.py") if path.stem in ("registry", "tracking", "store", "cli")]
 
 
+@pytest.mark.slow
 def test_a_registered_model_predicts_in_a_process_with_nothing_of_ours(
     mlflow_server: MlflowServer, directory: Path, videos: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ def copy_of_rendered(rendered: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(rendered, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_table_lists_every_video_and_tests_each_once(rendered: Path) -> None:
     with (rendered / "videos.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -79,6 +80,7 @@ def test_encoded_frames_come_back_nearly_as_they_were() -> None:
     assert np.abs(decoded_THWC.astype(int) - frames_THWC).mean() < 6
 
 
+@pytest.mark.slow
 def test_stopped_render_goes_on_to_the_same_bytes_and_keeps_whole_files(rendered: Path, tmp_path: Path) -> None:
     def stop_after_seven(done: int, _total: int) -> None:
         if done == 7:
@@ -140,6 +142,7 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_contact_sheet_is_a_small_picture() -> None:
     picture = contact_sheet(0)
     assert picture.startswith(b"\x89PNG")

@@ -156,7 +156,7 @@ def test_a_server_that_stops_answering_neither_slows_the_run_nor_loses_a_point(
     assert points(mlflow_server, run_id, "train/loss") == [(epoch, float(epoch)) for epoch in range(51)]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_points_told_while_the_server_is_down_are_there_once_and_in_order_when_it_is_back(
     tmp_path: Path, experiment: str
 ) -> None:
