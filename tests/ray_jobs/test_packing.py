@@ -51,6 +51,7 @@ def videos(shared_data: Path, tmp_path: Path) -> Path:
     return tmp_path / "videos"
 
 
+@pytest.mark.chaos
 def test_damage_is_told_by_shard_and_clip_and_the_command_that_verify_names_repairs_it(
     local_site: Site, videos: Path
 ) -> None:
