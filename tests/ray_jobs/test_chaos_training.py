@@ -72,8 +72,9 @@ class Training:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
+        with self.process.stdout as said:
+            for line in said:
+                self.lines.append((time.monotonic(), line.rstrip()))
 
     @property
     def text(self) -> str:
