@@ -189,5 +189,6 @@ def entries_of(features: Features, dtype: np.dtype) -> Iterator[Entry]:
             f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from frames '
             '(the stage\'s features = "never")'
         )
-    for row, map_TDHW in enumerate(maps.astype(dtype)):
+    # In the order in which stored maps are read: what is computed from one must not depend on where it came from.
+    for row, map_TDHW in enumerate(maps.astype(dtype, order="C")):
         yield Entry(map_TDHW, None if activations is None else activations[row])
