@@ -7,7 +7,7 @@
 #
 # FOLDER is a packed set, made anywhere by `python -m benchmarks.shard_sets FOLDER`. PYTHON names the interpreter
 # (default: .venv/bin/python where there is one, else python3); of packages it needs torch, torchvision, jaxtyping,
-# scikit-learn, safetensors, psutil, pillow and pyarrow, for the tests pytest as well. Ray, MLflow and S3 are not needed.
+# scikit-learn (with threadpoolctl), safetensors, psutil, pillow and pyarrow, for the tests pytest as well. Ray, MLflow and S3 are not needed.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)}

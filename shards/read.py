@@ -7,17 +7,17 @@ A worker does a whole clip, frame by frame, so that a frame is still in the proc
 
 import hashlib
 import json
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from shards.batch_memory import BatchMemory
@@ -318,15 +318,16 @@ class _Workers:
         return work if self._pool is None else self._pool.submit(work).result
 
 
-_setting_threads = threading.Lock()
-
-
 def _compute_alone() -> None:
     """Keeps the operators called by this thread in this thread: each would otherwise have helpers of its own, that
-    wait for work by spinning. What threads born later take over is left as it was."""
-    with _setting_threads:
-        inherited = torch.get_num_threads()
-        torch.set_num_threads(1)
-        other = threading.Thread(target=torch.set_num_threads, args=(inherited,))
-        other.start()
-        other.join()
+    wait for work by spinning.
+
+    Not by `torch.set_num_threads`, which sets the number of every thread born later too.
+    """
+    torch.get_num_threads()  # PyTorch sets a thread's number once, at its first use of it
+    _openmp().limit(limits=1)
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")

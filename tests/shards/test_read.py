@@ -1,11 +1,12 @@
 """Contract 2: the same batches whatever the ranks, the threads and the interruptions; and no wrong clip, ever."""
 
+import gc
 import io
 import itertools
 import tarfile
 import tempfile
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,15 +224,29 @@ def threads_of_a_new_thread() -> int:
     return inherited[0]
 
 
-def test_operators_of_the_caller_keep_their_threads(packed) -> None:
-    before = torch.get_num_threads()
-    batches = loader(packed, num_threads=3).epoch(0)
-    next(batches)
-    deadline = time.monotonic() + 10  # a reading thread may just be at its beginning
-    while threads_of_a_new_thread() != before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [torch.get_num_threads(), threads_of_a_new_thread()] == [before, before]
-    batches.close()
+def test_operators_of_reading_threads_compute_alone_and_all_others_as_before(packed, monkeypatch) -> None:
+    seen: list[int] = []
+    fill = ClipLoader._fill
+
+    def watched(*arguments) -> None:
+        seen.append(torch.get_num_threads())
+        fill(*arguments)
+
+    monkeypatch.setattr(ClipLoader, "_fill", watched)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            for _ in range(20):
+                born = beside.submit(lambda: [threads_of_a_new_thread() for _ in range(100)])
+                batches = loader(packed, num_threads=8).epoch(0)
+                next(batches)
+                batches.close()
+                assert set(born.result()) == {3}
+        assert [torch.get_num_threads(), threads_of_a_new_thread()] == [3, 3]
+        assert set(seen) == {1}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_no_more_is_read_ahead_than_the_prefetch_allows(packed, watched) -> None:
@@ -248,6 +263,8 @@ def test_threads_end_when_the_consumer_stops_or_fails(packed, copy_of_packed: St
     def reading_threads() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-clips")]
 
+    gc.collect()  # the batches of a test that failed
+    assert not reading_threads()
     batches = loader(packed, batch_size=1, num_threads=3).epoch(0)
     next(batches)
     assert reading_threads()
