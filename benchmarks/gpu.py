@@ -1,6 +1,6 @@
 """Everything that is measured on a GPU, in one JSON. Run it by benchmarks/gpu.sh, which says more.
 
-python benchmarks/gpu.py [--smoke] [--set FOLDER] [--schedule] [--out FILE]
+python benchmarks/gpu.py [--smoke] [--set FOLDER] [--schedule SIZE] [--only PART]... [--out FILE]
 
 Each part is tried by itself: what fails leaves its reason in the JSON, and the rest goes on. Nothing of Ray, MLflow or
 a store is needed: training is `tavlad.train.fit`.
@@ -27,12 +27,13 @@ from benchmarks.head import plain
 from benchmarks.shard_sets import pack_rendered, repeated
 from benchmarks.stage2 import NUM_ACTIONS, InMemory, random_batch, untrained
 from tavlad.config import STAGE1, STAGE2, StageConfig, TrainingConfig
-from tavlad.model import FrameMaps
+from tavlad.evaluate import evaluate
+from tavlad.model import FrameMaps, TaVlad
 from tavlad.parallel import World, autocast
-from tavlad.train import Batches, Listeners, StagePlan, fit
+from tavlad.train import Batches, EpochReport, Listeners, StagePlan, fit
 
 GMAC_TRUNK = 92.0  # ResNet-34 forward of a clip of 25 frames at 224
-CLIPS_OF_A_SPLIT = 3570
+CLIPS_OF_A_SPLIT, CLIPS_OF_A_TEST = 3570, 1530
 Part = Callable[[], dict[str, Any]]
 
 
@@ -88,18 +89,21 @@ def _peak_tflops(bench: Bench) -> float:
     return 2 * size**3 / bench.seconds(lambda: a @ b) / 1e12
 
 
-def _trunk(bench: Bench) -> dict[str, Any]:
+def _trunk(bench: Bench, ways: dict[str, tuple[bool, bool]]) -> dict[str, Any]:
+    """Forward passes from uint8 frames: by `compile` and `cuda_graphs`; without either also before fusing."""
     peak, found = _peak_tflops(bench), dict[str, Any]()
     num_clips = bench.batch_sizes[0]
     frames = random_batch(num_clips, bench.crop).frames_BTCHW.to(bench.device)
-    for name, (compiled, graphs) in {"eager": (False, False), "compile": (True, False), "graphs": (True, True)}.items():
+    for name, (compiled, graphs) in ways.items():
         model = untrained().to(bench.device).eval()
         began = time.perf_counter()
         model.speed(compile=compiled, cuda_graphs=graphs, recompute=False)
+        if name == "not fused":
+            model.trunk.fuse = lambda: None  # type: ignore[method-assign]
 
-        def run(model: nn.Module = model) -> None:
+        def run(model: TaVlad = model) -> None:
             with torch.no_grad(), autocast(bench.device, "bf16"):
-                model.features(frames)  # type: ignore[operator]
+                model.features(frames)
 
         run()
         bench.wait()
@@ -147,13 +151,9 @@ def _fit(bench: Bench, stage: StageConfig, number: int, batches: Batches, model:
     return time.perf_counter() - began
 
 
-def _steps(bench: Bench, stage: StageConfig, number: int) -> dict[str, Any]:
+def _steps(bench: Bench, stage: StageConfig, number: int, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Clips a second from page-locked batches in memory; the step alone, without reading."""
     found: dict[str, Any] = {}
-    ways: dict[str, dict[str, Any]] = {"plain": {}}
-    if number == 2:
-        ways |= {"recompute": {"recompute": True}, "compile": {"compile": True}}
-        ways["graphs"] = {"compile": True, "cuda_graphs": True}
     for size in bench.batch_sizes:
         batch = random_batch(size, bench.crop)
         if bench.device.type == "cuda":
@@ -174,8 +174,8 @@ def _steps(bench: Bench, stage: StageConfig, number: int) -> dict[str, Any]:
     return found
 
 
-def _loader(bench: Bench, num_clips: int, batch_size: int, *, on_gpu: bool = False) -> Any:
-    """The packed set's clips over and over, as many as a split has; decoded by the CPU or by the device."""
+def _loader(bench: Bench, num_clips: int, batch_size: int, decoder: str) -> Any:
+    """The packed set's clips over and over, as many as a split has; decoded by "cpu", "gpu" or "once" (loading.py)."""
     from shards.index import load_index
     from shards.read import ClipLoader, LoaderOptions
     from shards.store import open_store
@@ -191,53 +191,84 @@ def _loader(bench: Bench, num_clips: int, batch_size: int, *, on_gpu: bool = Fal
         shuffle=True,
         num_threads=os.cpu_count() or 1,
         pin_memory=bench.device.type == "cuda",
-        gpu=bench.device if on_gpu else None,
+        gpu=bench.device if decoder != "cpu" else None,
+        keep_decoded=decoder == "once",
     )
     return ClipLoader(repeated(load_index(store), num_clips), store, 1, "train", options)
 
 
 def _reading(bench: Bench) -> dict[str, Any]:
+    """Clips a second without any model; clips decoded once are read for the second time."""
     found: dict[str, Any] = {}
-    for name, on_gpu in {"decoded by the CPU": False, "decoded by the GPU": True}.items():
-        loader = _loader(bench, 16 if bench.smoke else 1600, bench.batch_sizes[0], on_gpu=on_gpu)
+    for decoder in ("cpu", "gpu", "once"):
+        loader = _loader(bench, 16 if bench.smoke else 1600, bench.batch_sizes[0], decoder)
+        if decoder == "once":
+            for _ in loader.epoch(0):
+                pass
         began = time.perf_counter()
-        clips = sum(len(batch.keys) for batch in loader.epoch(0))
-        seconds = time.perf_counter() - began
-        found[name] = {"clips_per_second": clips / seconds, "threads": loader.options.num_threads}
-    return found
+        clips = sum(len(batch.keys) for batch in loader.epoch(1))
+        bench.wait()
+        found[decoder] = {"clips_per_second": clips / (time.perf_counter() - began)}
+    return found | {"threads": os.cpu_count()}
 
 
-def _epochs(bench: Bench, whole_schedule: bool) -> dict[str, Any]:
-    """One epoch of each stage from packed shards, and what the paper's 50 + 30 come to; or all of them, run."""
+def _epochs(bench: Bench) -> dict[str, Any]:
+    """An epoch of each stage from packed shards decoded before, and what the paper's 50 + 30 would come to."""
     found: dict[str, Any] = {}
     num_clips = 8 if bench.smoke else CLIPS_OF_A_SPLIT
-    for size in bench.batch_sizes[:2]:
-        loader, model = _loader(bench, num_clips, size), untrained().to(bench.device)
+    for size in bench.batch_sizes[:1]:
+        loader, model = _loader(bench, num_clips, size, "once"), untrained().to(bench.device)
+        began = time.perf_counter()
+        for _ in loader.epoch(0):
+            pass
+        decoding = time.perf_counter() - began
         stages = {1: STAGE1, 2: STAGE2}
-        _fit(bench, STAGE2, 2, InMemory(random_batch(size, bench.crop), 2), model, batch_size=size)  # warms up
-        if whole_schedule:
-            began = time.perf_counter()
-            for number, stage in stages.items():
-                _fit(bench, stage, number, loader, model, batch_size=size, epochs=1 if bench.smoke else stage.epochs)
-            found[f"batch {size}"] = {"whole_schedule_s": time.perf_counter() - began}
-            break
         seconds = {
             number: _fit(bench, stage, number, loader, model, batch_size=size) for number, stage in stages.items()
         }
         found[f"batch {size}"] = {
+            "decoding_once_s": decoding,
             "stage1_epoch_s": seconds[1],
             "stage2_epoch_s": seconds[2],
             "stage2_clips_per_second": num_clips / seconds[2],
-            "schedule_s_extrapolated": sum(seconds[number] * stage.epochs for number, stage in stages.items()),
+            "schedule_s_extrapolated": decoding + sum(seconds[number] * each.epochs for number, each in stages.items()),
         }
     return found
+
+
+def _schedule(bench: Bench, size: int) -> dict[str, Any]:
+    """The paper's 50 + 30 epochs, from packed shards that nothing was read of before; then the test part's scores."""
+    num_clips, num_scored = (8, 4) if bench.smoke else (CLIPS_OF_A_SPLIT, CLIPS_OF_A_TEST)
+    loader, model = _loader(bench, num_clips, size, "once"), untrained().to(bench.device)
+    epochs: dict[str, list[float]] = {"stage 1": [], "stage 2": []}
+    began = before = time.perf_counter()
+
+    def told(report: EpochReport) -> None:
+        nonlocal before
+        now = time.perf_counter()
+        epochs[f"stage {report.stage}"].append(round(now - before, 2))
+        before = now
+        if report.epoch % 5 == 0:
+            print(f"stage {report.stage}, epoch {report.epoch}: {now - began:.0f} s", flush=True)
+
+    for number, stage in ((1, STAGE1), (2, STAGE2)):
+        stage = dataclasses.replace(stage, epochs=1) if bench.smoke else stage
+        plan = StagePlan(number=number, stage=stage, training=TrainingConfig(batch_size=size, crop=bench.crop))
+        fit(model, plan, loader, None, Listeners(on_epoch=told), world=bench.world)
+    bench.wait()
+    training = time.perf_counter() - began
+    began = time.perf_counter()
+    evaluate(model, _loader(bench, num_scored, size, "once").epoch(0), "bf16", bench.world)
+    scoring = time.perf_counter() - began
+    return {"whole_schedule_s": training, "scoring_s": scoring, "clips": num_clips, "epochs_s": epochs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, also without a GPU: does all of it run?")
     parser.add_argument("--set", type=Path, help="a packed set, made by `python -m benchmarks.shard_sets FOLDER`")
-    parser.add_argument("--schedule", action="store_true", help="only the whole schedule of 50 + 30 epochs, batch 32")
+    parser.add_argument("--schedule", type=int, metavar="SIZE", help="only 50 + 30 epochs with batches of this size")
+    parser.add_argument("--only", action="append", metavar="PART", help="this part alone; again for another")
     parser.add_argument("--seconds", type=float, default=480, help="parts that would begin later are left out")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     options = parser.parse_args()
@@ -255,16 +286,22 @@ def main() -> None:
 def _measure(bench: Bench, options: argparse.Namespace) -> bool:
     """Each part in turn, written down as it comes; whether one of them failed."""
     device = bench.device
+    compiled: dict[str, dict[str, Any]] = {"compile": {"compile": True}}
+    compiled["graphs"] = {"compile": True, "cuda_graphs": True}
     parts: dict[str, Part] = {
-        "trunk forward": lambda: _trunk(bench),
-        "stage 2, steps": lambda: _steps(bench, STAGE2, 2),
+        "trunk forward": lambda: _trunk(bench, {"eager": (False, False), "not fused": (False, False)}),
+        "stage 2, steps": lambda: _steps(bench, STAGE2, 2, {"plain": {}, "recompute": {"recompute": True}}),
+        "stage 1, steps": lambda: _steps(bench, STAGE1, 1, {"plain": {}}),
         "reading": lambda: _reading(bench),
-        "epochs": lambda: _epochs(bench, whole_schedule=False),
+        "epochs": lambda: _epochs(bench),
         "head": lambda: _head(bench),
-        "stage 1, steps": lambda: _steps(bench, STAGE1, 1),
+        "trunk forward, compiled": lambda: _trunk(bench, {"compile": (True, False), "graphs": (True, True)}),
+        "stage 2, steps, compiled": lambda: _steps(bench, STAGE2, 2, compiled),
     }
     if options.schedule:
-        parts = {"schedule": lambda: _epochs(bench, whole_schedule=True)}
+        parts = {"schedule": lambda: _schedule(bench, options.schedule)}
+    if options.only:
+        parts = {name: parts[name] for name in options.only}
     facts = machine_facts(("torch", "torchvision")) | {"actions": NUM_ACTIONS, "smoke": options.smoke}
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"facts": facts}

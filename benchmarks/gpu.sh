@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh [--set FOLDER] [--out FILE]     on a machine with a GPU
 #   benchmarks/gpu.sh --smoke                         the same in small, on a CPU: does all of it run?
-#   benchmarks/gpu.sh --schedule --set FOLDER         only the whole schedule, 50 + 30 epochs (about 10 minutes)
+#   benchmarks/gpu.sh --schedule 32 --set FOLDER      only the whole schedule, 50 + 30 epochs, in batches of 32
 #
 # FOLDER is a packed set, made anywhere by `python -m benchmarks.shard_sets FOLDER`. PYTHON names the interpreter
 # (default: .venv/bin/python where there is one, else python3); of packages it needs torch, torchvision, jaxtyping,

@@ -4,10 +4,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ray_jobs.recipe import ResourceConfig
+from shards.index import Index
 from shards.read import ClipLoader
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
@@ -28,28 +30,63 @@ class LoadingRates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GpuMemory:
+    """Bytes of this rank's GPU, and what the decoded clips would take of them."""
+
+    room: int
+    train: int
+    test: int
+
+
+Decoder = Literal["cpu", "gpu", "once"]
+"""What decodes clips: processors; nvJPEG; or processors once, after which the frames stay in the GPU's memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:
     """How clips are read."""
 
     threads: int
-    on_gpu: bool
-    """Whether a GPU decodes."""
+    train: Decoder
+    test: Decoder
     reason: str
 
 
-def choose_loading(resources: ResourceConfig, rates: LoadingRates, cores: int, *, has_gpu: bool) -> Loading:
-    """Threads as the recipe says, or as many as the rates ask for and this worker's `cores` allow; with `decode` =
-    "auto" a GPU decodes where these threads cannot keep up."""
+def choose_loading(resources: ResourceConfig, rates: LoadingRates, cores: int, memory: GpuMemory | None) -> Loading:
+    """Threads as the recipe says, or as many as the rates ask for and this worker's `cores` allow. With `decode` =
+    "auto", where these threads cannot keep up with a GPU, its clips are decoded once if they all fit; else by it.
+
+    All or none of a part's, and by what the index says: what decodes a clip must not depend on when it is read.
+    """
     needed = max(1, math.ceil(_MARGIN * rates.decode / rates.score))
     threads = resources.loader_threads or min(needed, max(1, cores - 1))
-    on_gpu = has_gpu and (resources.decode == "gpu" or (resources.decode == "auto" and threads < needed))
-    if on_gpu and not resources.loader_threads:
-        threads = min(threads, _FEEDING_THREADS)
+    train: Decoder = "cpu"
+    test: Decoder = "cpu"
+    how = ""
+    is_behind = resources.decode == "gpu" or (resources.decode == "auto" and threads < needed)
+    if memory is not None and is_behind:
+        if memory.train <= memory.room:
+            train, test = "once", "once" if memory.train + memory.test <= memory.room else "cpu"
+            taken = memory.train + (memory.test if test == "once" else 0)
+            how = f", decoded once and kept in the GPU's memory ({taken / 1e9:.1f} GB)"
+        else:
+            train = test = "gpu"
+            threads = threads if resources.loader_threads else min(threads, _FEEDING_THREADS)
+            how = f", decoded on the GPU, whose memory they do not fit in ({memory.train / 1e9:.1f} GB)"
     times = f"a clip takes {1000 * rates.decode:.1f} ms to decode and {1000 * rates.score:.1f} ms to score"
-    text = f"clips are read by {threads} threads{', decoded on the GPU' if on_gpu else ''}: {times}"
-    if threads < needed and not on_gpu:
+    text = f"clips are read by {threads} threads{how}: {times}"
+    if threads < needed and train == "cpu":
         text += f", which {needed} threads would keep up with"
-    return Loading(threads=threads, on_gpu=on_gpu, reason=text)
+    return Loading(threads=threads, train=train, test=test, reason=text)
+
+
+def memory_of(device: torch.device, share: float, index: Index, split: int) -> GpuMemory | None:
+    """What a GPU has to spare for decoded clips: half of what is free, of a rank's `share` of it; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    train, test = (index.decoded_bytes(index.clips(split, part)) for part in ("train", "test"))
+    free, _ = torch.cuda.mem_get_info(device)
+    return GpuMemory(room=int(free * min(1.0, share) / 2), train=train, test=test)
 
 
 def measure_loading(

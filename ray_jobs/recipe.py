@@ -41,8 +41,9 @@ class ResourceConfig:
     """Threads of one worker that fetch, decode and crop clips. 0: as many as measured rates ask for, within the node's
     processors."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where packed JPEGs are decoded in training on a GPU: auto: there, if the worker's processors cannot keep up with
-    it. A GPU rounds pixels otherwise."""
+    """What makes views of packed clips in training on a GPU: auto: the GPU, if the worker's processors cannot keep up
+    with it. Clips that all fit in half of its free memory are decoded once, by processors, and stay there; others are
+    decoded there each time, by nvJPEG, which repeats colours of neighbouring pixels where processors interpolate."""
     prefetch_batches: int = 4
     """Batches read ahead of the training step."""
     disk_cache: float = 50.0

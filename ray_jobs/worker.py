@@ -20,7 +20,7 @@ from ray_jobs.cluster import lack_of_memory
 from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
-from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading
+from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading, memory_of
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
@@ -184,19 +184,21 @@ class _Trainer:
     def _loading(self, model: TaVlad, index: Index, store: Store) -> Loading:
         """How this rank reads clips; changes nothing but the time, and on a GPU the pixels' rounding."""
         resources, world, settings = self._recipe.resources, self._world, self._recipe.training
-        as_told = Loading(threads=resources.unmeasured_threads, on_gpu=False, reason="")
+        as_told = Loading(threads=resources.unmeasured_threads, train="cpu", test="cpu", reason="")
         probe = self._loader(index, store, as_told, training=False)
         rates = measure_loading(
             model, probe, world.device, settings.precision, max(1, settings.batch_size // world.size)
         )
         cores = cores_of_a_rank(ray.train.get_context().get_local_world_size())
-        loading = choose_loading(resources, rates, cores, has_gpu=world.device.type == "cuda")
+        memory = memory_of(world.device, resources.gpus_per_worker, index, self._plan.split)
+        loading = choose_loading(resources, rates, cores, memory)
         if world.rank == 0:
             self._monitor.tell(Said(text=loading.reason))
         return loading
 
     def _loader(self, index: Index, store: Store, loading: Loading, *, training: bool) -> ClipLoader:
         settings, resources, world = self._recipe.training, self._recipe.resources, self._world
+        decoder = loading.train if training else loading.test
         options = LoaderOptions(
             batch_size=settings.batch_size,
             seed=settings.seed,
@@ -208,7 +210,8 @@ class _Trainer:
             num_threads=loading.threads,
             prefetch_batches=resources.prefetch_batches,
             pin_memory=self._world.device.type == "cuda",
-            gpu=self._world.device if loading.on_gpu else None,
+            gpu=None if decoder == "cpu" else self._world.device,
+            keep_decoded=decoder == "once",
         )
         part = "train" if training else "test"
         cache = node_cache(self._site, resources.disk_cache, index)

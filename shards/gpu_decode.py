@@ -1,10 +1,12 @@
-"""JPEGs decoded, cropped and resized on a GPU by nvJPEG, for machines whose processors cannot keep up with it.
+"""Views of clips made on a GPU: of JPEGs that nvJPEG decodes there, for machines whose processors cannot keep up; or of
+decoded clips that stay in its memory, so that each is decoded once, by the CPU, exactly.
 
-What it gives differs from the CPU's pixels by rounding: nvJPEG's transform and upsampling are others, and the resize is
-computed in float32 (see tests/shards/test_gpu_decode.py). On a CPU the same code runs, for tests.
+Beside the CPU's pixels, those of a clip that stays differ by the rounding of the resize, which is computed in float32.
+nvJPEG's differ by more: it repeats colours where the CPU's decoder interpolates (see tests/shards/test_gpu_decode.py).
+On a CPU the same code runs, for tests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +17,9 @@ from torch.nn import functional as F
 from shards.clip_bytes import decode_jpegs
 from shards.transforms import TsnView, View, window_of
 
+Wanted = tuple[str, View | TsnView | None, Tensor]
+"""Key of a clip that stays, the view of it that is wanted, and the slot (T, 3, S, S) for that."""
+
 
 class GpuDecoder:
     """Makes views of clips, and the memory that their batches lie in, on a device."""
@@ -22,6 +27,7 @@ class GpuDecoder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._kept: dict[str, UInt8[Tensor, "T 3 H W"]] = {}
 
     def take(self, num_clips: int, num_frames: int, size: int) -> UInt8[Tensor, "B T 3 size size"]:
         """A batch of undefined content. PyTorch uses its memory again by itself, when `tavlad.ahead` has told it which
@@ -32,19 +38,43 @@ class GpuDecoder:
     def fill(
         self, jpegs: Sequence[memoryview], view: View | TsnView | None, slot_TCHW: UInt8[Tensor, "T 3 S S"]
     ) -> None:
-        """Write the view of each frame of a clip to its slot; done when this returns. Frames have one size."""
-        size = slot_TCHW.shape[-1]
+        """Decode a clip and write the view of each frame to its slot; done when this returns. Frames have one size."""
         with self._beside():
-            frames_TCHW = torch.stack(decode_jpegs(jpegs, self._device))
-            height, width = frames_TCHW.shape[2:]
-            window = window_of(view, height, width, size)
-            rows = slice(window.top, window.top + window.height)
-            shown_TCHW = frames_TCHW[..., rows, window.left : window.left + window.width].float()
-            resized_TCHW = F.interpolate(shown_TCHW, size=(size, size), mode="bilinear", antialias=True)
-            slot_TCHW.copy_((resized_TCHW.flip(-1) if window.flip else resized_TCHW).round_().clamp_(0, 255))
+            _show(torch.stack(decode_jpegs(jpegs, self._device)), view, slot_TCHW)
+        self._wait()
+
+    def keep(self, key: str, frames_TCHW: UInt8[Tensor, "T 3 H W"]) -> None:
+        """Hold on to a decoded clip."""
+        with self._beside():
+            self._kept[key] = frames_TCHW.to(self._device).contiguous()
+
+    def keeps(self, key: str) -> bool:
+        """Whether the clip of this key is held."""
+        return key in self._kept
+
+    def show(self, clips: Iterable[Wanted]) -> None:
+        """Write views of clips that are held to their slots; done when this returns."""
+        with self._beside():
+            for key, view, slot_TCHW in clips:
+                _show(self._kept[key], view, slot_TCHW)
+        self._wait()
+
+    def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()  # this thread waits, nobody else: who is given the batch need not
 
     def _beside(self) -> AbstractContextManager[object]:
         """A stream of its own: beside the model's work, not behind it."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _show(
+    frames_TCHW: UInt8[Tensor, "T 3 H W"], view: View | TsnView | None, slot_TCHW: UInt8[Tensor, "T 3 S S"]
+) -> None:
+    size = slot_TCHW.shape[-1]
+    height, width = frames_TCHW.shape[2:]
+    window = window_of(view, height, width, size)
+    rows = slice(window.top, window.top + window.height)
+    shown_TCHW = frames_TCHW[..., rows, window.left : window.left + window.width].float()
+    resized_TCHW = F.interpolate(shown_TCHW, size=(size, size), mode="bilinear", antialias=True)
+    slot_TCHW.copy_((resized_TCHW.flip(-1) if window.flip else resized_TCHW).round_().clamp_(0, 255))

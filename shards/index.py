@@ -131,6 +131,13 @@ class Index:
             raise ValueError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
         return ClipTable.of(rows)
 
+    def decoded_bytes(self, clips: ClipTable) -> int:
+        """Memory that the frames of these clips take, decoded."""
+        width_N, height_N = (clips.table[name].to_numpy().astype(np.float64) for name in ("width", "height"))
+        short_side = cast(int, self.packing["short_side"])
+        shrunk_N = np.minimum(1.0, short_side / np.minimum(width_N, height_N))
+        return int(3 * self.num_frames * (width_N * height_N * shrunk_N**2).sum())
+
 
 def share_of(index: Index, share: float) -> Index:
     """A part of a set for rehearsals: of each action in each part of each split about this share, at least one clip.

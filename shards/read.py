@@ -24,7 +24,7 @@ from shards.batch_memory import BatchMemory
 from shards.clip_bytes import decode_jpeg, read_tar_members
 from shards.clip_view import decode_window
 from shards.disk_cache import DiskCache
-from shards.gpu_decode import GpuDecoder
+from shards.gpu_decode import GpuDecoder, Wanted
 from shards.index import ClipPlace, Index
 from shards.jpeg_crop import JpegCrop, JpegHeader
 from shards.neighbours import Neighbours
@@ -73,7 +73,9 @@ class LoaderOptions:
     pin_memory: bool = False
     """Batches in page-locked memory, for copies to a GPU."""
     gpu: torch.device | None = None
-    """The GPU that decodes JPEGs and holds the batches; None: CPUs do."""
+    """The GPU that makes the views and holds the batches; None: CPUs do."""
+    keep_decoded: bool = False
+    """Clips are decoded once, by CPUs, and stay in that GPU's memory; or their JPEGs are decoded there each time."""
 
     def __post_init__(self) -> None:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):
@@ -140,11 +142,17 @@ class ClipLoader:
                     rows_B = self._share(order_N, step)
                     batch = self._empty_batch(step, rows_B)
                     reads: list[Callable[[], None]] = []
+                    held: list[Wanted] = []
                     for row, slot in zip(rows_B, batch.frames_BTCHW, strict=True):
                         place = self.clips.place(int(row))
-                        members = fetchers.start(partial(self._members, place, int(row), neighbours))
                         view = self._view(place.key, epoch)
+                        if self._gpu is not None and self._gpu.keeps(place.key):
+                            held.append((place.key, view, slot))
+                            continue
+                        members = fetchers.start(partial(self._members, place, int(row), neighbours))
                         reads.append(workers.start(partial(self._fill, place, view, slot, members)))
+                    if held:
+                        reads.append(workers.start(partial(self._show, held)))
                     waiting.append((batch, reads))
                 if not waiting:
                     return
@@ -196,6 +204,12 @@ class ClipLoader:
         """Writes the view of each of a clip's frames to its place in the batch."""
         members = fetched()
         contents = read_tar_members(members)[1:]
+        if self._gpu is not None and self.options.keep_decoded:
+            frames_TCHW = decode_frames(members)
+            self._check_count(place, len(frames_TCHW))
+            self._gpu.keep(place.key, frames_TCHW)
+            self._show([(place.key, view, slot_TCHW)])
+            return
         if contents and bytes(contents[0][: len(_JPEG)]) == _JPEG:
             self._check_count(place, len(contents))
             (self._gpu.fill if self._gpu is not None else _decode_view)(contents, view, slot_TCHW)
@@ -203,6 +217,16 @@ class ClipLoader:
             frames_TCHW = decode_frames(members)
             self._check_count(place, len(frames_TCHW))
             slot_TCHW.copy_(crop_clip(frames_TCHW, view, self.options.crop))
+        self._turn_flow(view, slot_TCHW)
+
+    def _show(self, held: Sequence[Wanted]) -> None:
+        """Views of clips that stay on the GPU, into their slots."""
+        assert self._gpu is not None
+        self._gpu.show(held)
+        for _, view, slot_TCHW in held:
+            self._turn_flow(view, slot_TCHW)
+
+    def _turn_flow(self, view: View | TsnView | None, slot_TCHW: Tensor) -> None:
         if self._is_flow and view is not None and view.flip:
             reverse_flow(slot_TCHW)
 

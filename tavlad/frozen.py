@@ -93,6 +93,8 @@ class FrozenTrunk:
         found = self._folded.get(dtype)
         if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
             copied = fold(self._trunk).to(dtype).to(memory_format=_channels_last(self._trunk))
+            if copied.mean_C.is_cuda:
+                copied.fuse()
             found = self._folded[dtype] = _Folded(trunk=copied, versions=versions, compiled={})
         elif found.versions[half] != versions[half]:
             # In place: compiled code goes on with the same memory.

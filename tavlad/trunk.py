@@ -78,6 +78,9 @@ class TrunkNetwork(nn.Module, ABC):
         """The last feature maps from what `early` gives."""
         return self.maps(early_BEHW)
 
+    def fuse(self) -> None:
+        """Compute in fewer kernels from now on, where the trunk knows how: for a folded copy that is never trained."""
+
     @abstractmethod
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
         """The convolutions of the last block, which stage 2 trains; `downsample=False` leaves out a ResNet's 1x1

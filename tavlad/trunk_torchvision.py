@@ -23,6 +23,7 @@ from torchvision.models import densenet121, resnet, squeezenet1_1, vgg16
 from torchvision.models.googlenet import BasicConv2d, GoogLeNet, Inception
 from torchvision.models.squeezenet import Fire
 
+from tavlad.fused_resnet import first_convolution, fused_block, fused_block_without_last_relu
 from tavlad.trunk import IMAGENET_MEAN, IMAGENET_STD, PlaceScorer, TrunkMaps, TrunkNetwork, convolutions
 
 
@@ -40,6 +41,7 @@ class ResNetTrunk(TrunkNetwork):
         )
         self.fc = network.fc
         self.feature_size = network.fc.in_features
+        self._is_fused = False
 
     @property
     def classifier(self) -> nn.Linear:
@@ -49,13 +51,34 @@ class ResNetTrunk(TrunkNetwork):
         return self.late(self.early(images_BCHW))
 
     def early(self, images_BCHW: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B E eh ew"]:
-        x = functional.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
+        if self._runs_fused():
+            x = first_convolution(self.conv1, images_BCHW)
+        else:
+            x = functional.relu(self.bn1(self.conv1(images_BCHW)), inplace=True)
         x = functional.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-        return self.layer3(self.layer2(self.layer1(x)))
+        for layer in (self.layer1, self.layer2, self.layer3):
+            x = self._blocks(layer, x)
+        return x
 
     def late(self, early_BEHW: Float[Tensor, "B E eh ew"]) -> TrunkMaps:
-        pre_relu = _without_last_relu(self.layer4[-1], self.layer4[:-1](early_BEHW))
+        x = self._blocks(self.layer4[:-1], early_BEHW)
+        without_last_relu = fused_block_without_last_relu if self._runs_fused() else _without_last_relu
+        pre_relu = without_last_relu(self.layer4[-1], x)
         return TrunkMaps(pre_relu, functional.relu(pre_relu))
+
+    def fuse(self) -> None:
+        assert isinstance(self.bn1, nn.Identity), "only of a folded copy"
+        self._is_fused = True
+
+    def _runs_fused(self) -> bool:
+        return self._is_fused and not torch.compiler.is_compiling()  # which fuses by itself
+
+    def _blocks(self, blocks: nn.Sequential, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        if not self._runs_fused():
+            return blocks(x)
+        for block in blocks:
+            x = fused_block(block, x)
+        return x
 
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:
         return [

@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ray_jobs.loading import LoadingRates, choose_loading, cores_of_a_rank, measure_loading
+from ray_jobs.loading import (
+    GpuMemory,
+    LoadingRates,
+    choose_loading,
+    cores_of_a_rank,
+    measure_loading,
+    memory_of,
+)
 from ray_jobs.recipe import ResourceConfig
-from shards.read import ClipLoader, LoaderOptions
+from shards.read import ClipLoader, LoaderOptions, decode_frames
 from tests.fixtures_sets import PackedSet
 from tests.tavlad import tiny
 
@@ -15,36 +22,63 @@ RATES = LoadingRates(decode=0.006, score=0.002)  # 3.75 threads with the margin
 AUTO = ResourceConfig()
 
 
+FITS = GpuMemory(room=30, train=20, test=10)
+
+
 @pytest.mark.parametrize(
-    ("resources", "rates", "cores", "has_gpu", "threads", "on_gpu"),
+    ("resources", "rates", "cores", "memory", "threads", "train", "test"),
     [
-        (AUTO, RATES, 16, True, 4, False),
-        (AUTO, RATES, 5, True, 4, False),
-        (AUTO, RATES, 4, True, 3, True),  # one core is the training's
-        (AUTO, RATES, 1, False, 1, False),
-        (AUTO, replace(RATES, score=0.5), 16, False, 1, False),
-        (AUTO, replace(RATES, score=0.0002), 16, True, 4, True),  # a GPU needs few threads to feed it
-        (replace(AUTO, decode="cpu"), RATES, 2, True, 1, False),
-        (replace(AUTO, decode="gpu"), RATES, 16, True, 4, True),
-        (replace(AUTO, decode="gpu"), RATES, 16, False, 4, False),
-        (replace(AUTO, loader_threads=9), RATES, 2, True, 9, False),
-        (replace(AUTO, loader_threads=2), RATES, 16, True, 2, True),
+        (AUTO, RATES, 16, FITS, 4, "cpu", "cpu"),
+        (AUTO, RATES, 5, FITS, 4, "cpu", "cpu"),
+        (AUTO, RATES, 4, FITS, 3, "once", "once"),  # one core is the training's
+        (AUTO, RATES, 4, replace(FITS, test=11), 3, "once", "cpu"),
+        (AUTO, RATES, 4, replace(FITS, train=31), 3, "gpu", "gpu"),
+        (AUTO, RATES, 1, None, 1, "cpu", "cpu"),
+        (AUTO, replace(RATES, score=0.5), 16, None, 1, "cpu", "cpu"),
+        (AUTO, replace(RATES, score=0.0002), 16, replace(FITS, train=31), 4, "gpu", "gpu"),  # few threads feed a GPU
+        (AUTO, replace(RATES, score=0.0002), 16, FITS, 15, "once", "once"),
+        (replace(AUTO, decode="cpu"), RATES, 2, FITS, 1, "cpu", "cpu"),
+        (replace(AUTO, decode="gpu"), RATES, 16, FITS, 4, "once", "once"),
+        (replace(AUTO, decode="gpu"), RATES, 16, None, 4, "cpu", "cpu"),
+        (replace(AUTO, loader_threads=9), RATES, 2, FITS, 9, "cpu", "cpu"),
+        (replace(AUTO, loader_threads=2), RATES, 16, replace(FITS, room=1), 2, "gpu", "gpu"),
     ],
 )
-def test_threads_and_decoder_follow_from_the_rates(
-    resources: ResourceConfig, rates: LoadingRates, cores: int, has_gpu: bool, threads: int, on_gpu: bool
+def test_threads_and_decoder_follow_from_the_rates_and_the_memory(
+    resources: ResourceConfig,
+    rates: LoadingRates,
+    cores: int,
+    memory: GpuMemory | None,
+    threads: int,
+    train: str,
+    test: str,
 ) -> None:
-    found = choose_loading(resources, rates, cores, has_gpu=has_gpu)
-    assert (found.threads, found.on_gpu) == (threads, on_gpu)
+    found = choose_loading(resources, rates, cores, memory)
+    assert (found.threads, found.train, found.test) == (threads, train, test)
 
 
 def test_the_choice_is_one_line_that_says_why() -> None:
-    assert choose_loading(AUTO, RATES, 16, has_gpu=True).reason == (
+    assert choose_loading(AUTO, RATES, 16, FITS).reason == (
         "clips are read by 4 threads: a clip takes 6.0 ms to decode and 2.0 ms to score"
     )
-    assert "3 threads, decoded on the GPU" in choose_loading(AUTO, RATES, 4, has_gpu=True).reason
-    slow = choose_loading(replace(AUTO, decode="cpu"), RATES, 3, has_gpu=True).reason
+    large = GpuMemory(room=20_000_000_000, train=12_000_000_000, test=7_000_000_000)
+    assert (
+        "3 threads, decoded once and kept in the GPU's memory (19.0 GB): a"
+        in choose_loading(AUTO, RATES, 4, large).reason
+    )
+    small = replace(large, room=10_000_000_000)
+    assert (
+        "decoded on the GPU, whose memory they do not fit in (12.0 GB)" in choose_loading(AUTO, RATES, 4, small).reason
+    )
+    slow = choose_loading(replace(AUTO, decode="cpu"), RATES, 3, FITS).reason
     assert slow.endswith("which 4 threads would keep up with")
+
+
+def test_decoded_clips_take_the_memory_that_the_index_says(packed: PackedSet) -> None:
+    clips = packed.index.clips(1, "train")
+    frames = [decode_frames(packed.store.read_range(*clips.place(row)[1:4])) for row in range(len(clips))]
+    assert packed.index.decoded_bytes(clips) == pytest.approx(sum(each.numel() for each in frames), rel=0.01)
+    assert memory_of(torch.device("cpu"), 1.0, packed.index, 1) is None
 
 
 def test_rates_are_measured_on_real_clips(packed: PackedSet) -> None:

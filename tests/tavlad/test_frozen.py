@@ -33,6 +33,18 @@ def test_folded_trunk_is_the_same_function(name: str) -> None:
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("size", [(64, 96), (65, 64)])
+def test_fused_trunk_is_the_same_function(name: str, size: tuple[int, int]) -> None:
+    folded = fold(_lived_in(name)).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        apart = folded.maps(images)
+        folded.fuse()
+        for expected, found in zip(apart, folded.maps(images), strict=True):
+            assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
 def test_early_and_late_halves_make_the_whole() -> None:
     for name in ("resnet18", "efficientnet_lite0"):
         trunk, images = _lived_in(name), torch.randn(2, 3, 64, 64)
