@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Figures, interleaved, machine_facts, peak_mb, timed, write_results
 from tavlad.config import ModelConfig
+from tavlad.memory import keep_freed_memory
 from tavlad.model import FrameMaps, TaVlad
 from tavlad.parallel import autocast, quick_precision
 from tavlad.vlad import Vlad
@@ -303,6 +304,7 @@ def main() -> None:
         _memory_child(*options.memory_of)
         return
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as fit does
     _check()
     tables = {name: table for name, table in _tables(options.compile).items() if options.only in name}
     found = {

@@ -28,6 +28,7 @@ from shards.store import Store, open_store
 from shards.transforms import VIEWS, views_of
 from tavlad.clip import FeatureKind, Features
 from tavlad.config import StageConfig
+from tavlad.memory import keep_freed_memory
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
 
@@ -251,6 +252,7 @@ class _Filler:
 
     def __init__(self, site_name: str, recipe: Recipe, features: FeatureSet) -> None:
         torch.set_num_threads(max(1, int(recipe.resources.cpus_per_worker)))
+        keep_freed_memory()
         site = load_site(site_name)
         store, self._index = open_set(site, recipe.dataset, recipe)
         self._features = features

@@ -7,6 +7,7 @@ import torch
 
 from tavlad.ahead import batches_on
 from tavlad.clip import Batch
+from tavlad.memory import keep_freed_memory
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import ALONE, World, autocast
@@ -26,6 +27,8 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()
     keys: list[str] = []
     labels: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []

@@ -5,6 +5,8 @@ autograd, and takes three to four times its matrix products. Here forward and ba
 that what a step needs stays in the processor's cache; the weights' gradients are one product over all steps.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,20 +53,21 @@ class _States(torch.autograd.Function):
         n_TSU, hidden_TSU = torch.empty_like(states_TSU), torch.empty_like(states_TSU)
         # Written again at each step: fresh memory would cost as much as what is computed in it.
         given_SG = x_TSD.new_empty(num_sequences, 3 * width)  # G = 3 U: r, z, n
-        rz_SV, n_SU = state_SU.new_empty(num_sequences, 2 * width), torch.empty_like(state_SU)
-        hidden_SU = torch.empty_like(state_SU)
-        r_SU, z_SU = rz_SV.chunk(2, dim=1)
+        exact_SV, exact_SU = state_SU.new_empty(num_sequences, 2 * width), torch.empty_like(state_SU)
+        exact_hidden_SU = torch.empty_like(state_SU)
         for step in range(num_steps):
             states_TSU[step] = state_SU
             torch.addmm(b_given, x_TSD[step], w_ih.T, out=given_SG)
             if step:  # the first state is zero
                 given_SG[:, : 2 * width].addmm_(states_TSU[step], w_rz.T)
-            rz_SV.copy_(given_SG[:, : 2 * width]).sigmoid_()
-            torch.addmm(b_n, states_TSU[step], w_n.T, out=hidden_TSU[step])
-            n_SU.copy_(given_SG[:, 2 * width :]).addcmul_(r_SU, hidden_SU.copy_(hidden_TSU[step]))
-            _tanh_(n_SU, dtype)
-            state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[0 if last else step])
-            rz_TSV[step], n_TSU[step] = rz_SV, n_SU
+            with _kept(rz_TSV[step], exact_SV) as rz_SV, _kept(n_TSU[step], exact_SU) as n_SU:
+                torch.sigmoid(_exact(given_SG[:, : 2 * width], rz_SV), out=rz_SV)
+                r_SU, z_SU = rz_SV.chunk(2, dim=1)
+                torch.addmm(b_n, states_TSU[step], w_n.T, out=hidden_TSU[step])
+                hidden_SU = _exact(hidden_TSU[step], exact_hidden_SU)
+                torch.addcmul(_exact(given_SG[:, 2 * width :], n_SU), r_SU, hidden_SU, out=n_SU)
+                _tanh_(n_SU, dtype)
+                state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[0 if last else step])
         ctx.save_for_backward(x_TSD, w_ih, w_hh, states_TSU, rz_TSV, n_TSU, hidden_TSU)
         return found_TSU
 
@@ -79,24 +82,25 @@ class _States(torch.autograd.Function):
         d_gates_TSX = n_TSU.new_empty(num_steps, num_sequences, 4 * width)
         d_bias_X = d_found_RSU.new_zeros(4 * width)
         d_state_SU = torch.zeros_like(d_found_RSU[0])
-        d_gates_SX = d_found_RSU.new_empty(num_sequences, 4 * width)
-        rz_SV = d_found_RSU.new_empty(num_sequences, 2 * width)
-        (r_SU, z_SU), (d_n_SU, d_r_SU, d_z_SU, d_hidden_SU) = rz_SV.chunk(2, dim=1), d_gates_SX.chunk(4, dim=1)
-        n_SU, d_kept_SU = torch.empty_like(d_state_SU), torch.empty_like(d_state_SU)
+        exact_SX = d_found_RSU.new_empty(num_sequences, 4 * width)
+        exact_SV = d_found_RSU.new_empty(num_sequences, 2 * width)
+        exact_SU, d_kept_SU = torch.empty_like(d_state_SU), torch.empty_like(d_state_SU)
         for step in reversed(range(num_steps)):
             if step >= first_read:
                 d_state_SU += d_found_RSU[step - first_read]
-            rz_SV.copy_(rz_TSV[step])
-            n_SU.copy_(n_TSU[step])
-            torch.mul(d_state_SU, z_SU, out=d_kept_SU)
-            torch.sub(d_state_SU, d_kept_SU, out=d_n_SU)
-            _tanh_backward(d_n_SU, n_SU, grad_input=d_n_SU)
-            torch.mul(d_n_SU, r_SU, out=d_hidden_SU)
-            _sigmoid_backward(d_r_SU.copy_(hidden_TSU[step]).mul_(d_n_SU), r_SU, grad_input=d_r_SU)
-            torch.sub(d_z_SU.copy_(states_TSU[step]), n_SU, out=d_z_SU)
-            _sigmoid_backward(d_z_SU.mul_(d_state_SU), z_SU, grad_input=d_z_SU)
-            d_gates_TSX[step] = d_gates_SX
-            d_bias_X += d_gates_SX.sum(dim=0)
+            r_SU, z_SU = _exact(rz_TSV[step], exact_SV).chunk(2, dim=1)
+            n_SU = _exact(n_TSU[step], exact_SU)
+            with _kept(d_gates_TSX[step], exact_SX) as d_gates_SX:
+                d_n_SU, d_r_SU, d_z_SU, d_hidden_SU = d_gates_SX.chunk(4, dim=1)
+                torch.mul(d_state_SU, z_SU, out=d_kept_SU)
+                torch.sub(d_state_SU, d_kept_SU, out=d_n_SU)
+                _tanh_backward(d_n_SU, n_SU, grad_input=d_n_SU)
+                torch.mul(d_n_SU, r_SU, out=d_hidden_SU)
+                torch.mul(_exact(hidden_TSU[step], d_r_SU), d_n_SU, out=d_r_SU)
+                _sigmoid_backward(d_r_SU, r_SU, grad_input=d_r_SU)
+                torch.sub(_exact(states_TSU[step], d_z_SU), n_SU, out=d_z_SU)
+                _sigmoid_backward(d_z_SU.mul_(d_state_SU), z_SU, grad_input=d_z_SU)
+                d_bias_X += d_gates_SX.sum(dim=0)
             if step:
                 torch.add(d_kept_SU, d_gates_TSX[step, :, width:] @ w_hh, out=d_state_SU)
         d_given_TSG, d_hidden_TSG = d_gates_TSX[..., : 3 * width], d_gates_TSX[..., width:]
@@ -106,6 +110,21 @@ class _States(torch.autograd.Function):
         d_w_hh = d_hidden_TSG[1:].flatten(0, 1).T @ states_TSU[1:].flatten(0, 1)
         d_b_ih, d_b_hh = d_bias_X[: 3 * width].roll(-width), d_bias_X[width:].clone()
         return d_x_TSD, d_w_ih.to(exact), d_w_hh.to(exact), d_b_ih, d_b_hh, None, None
+
+
+def _exact(stored: Tensor, buffer: Tensor) -> Tensor:
+    """What is stored in the products' precision, in the states': itself where these are one, else a copy."""
+    return stored if stored.dtype == buffer.dtype else buffer.copy_(stored)
+
+
+@contextmanager
+def _kept(stored: Tensor, buffer: Tensor) -> Generator[Tensor]:
+    """Where to compute what is then stored in the products' precision: its own place where this is the states' too."""
+    if stored.dtype == buffer.dtype:
+        yield stored
+        return
+    yield buffer
+    stored.copy_(buffer)
 
 
 _tanh_backward, _sigmoid_backward = torch.ops.aten.tanh_backward.grad_input, torch.ops.aten.sigmoid_backward.grad_input

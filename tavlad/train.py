@@ -16,6 +16,7 @@ from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
 from tavlad.draws import seed_clips
 from tavlad.evaluate import evaluate
+from tavlad.memory import keep_freed_memory
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.optim import build_optimizer, choose_trained, learning_rate
@@ -101,6 +102,8 @@ def fit(
     with `world.virtual_ranks` not even that. Raises `Diverged` when the loss is no longer a number.
     """
     stage, number = plan.stage, plan.number
+    if world.device.type == "cpu":
+        keep_freed_memory()
     train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
     training = plan.training
