@@ -95,10 +95,10 @@ def _backward(
         if attention_BTN is not None:
             attention_FN1 = attention_BTN[clips].flatten(0, 1)[..., None]
             weighted_FNK = assign_FNK * attention_FN1
-        scaled_FKD = d_sums_FKD * weighted_FNK.sum(dim=1)[..., None]
-        d_centres_KD -= scaled_FKD.sum(dim=0)
+        d_sums_KFD = d_sums_FKD.transpose(0, 1)
+        d_centres_KD -= torch.bmm(weighted_FNK.sum(dim=1).T[:, None], d_sums_KFD)[:, 0]
         # A weight's gradient is its descriptor's product with that of the sum, less the centre's.
-        of_centre_FK = torch.mul(d_sums_FKD, centres_KD, out=scaled_FKD).sum(dim=2)
+        of_centre_FK = torch.bmm(d_sums_KFD, centres_KD[..., None])[..., 0].T
         d_weighted_FNK = torch.baddbmm(of_centre_FK[:, None], x_FND, d_sums_FKD.transpose(1, 2), beta=-1)
         d_assign_FNK = d_weighted_FNK
         if attention_FN1 is not None:
