@@ -56,7 +56,8 @@ class _States(torch.autograd.Function):
         exact_SV, exact_SU = state_SU.new_empty(num_sequences, 2 * width), torch.empty_like(state_SU)
         exact_hidden_SU = torch.empty_like(state_SU)
         for step in range(num_steps):
-            states_TSU[step] = state_SU
+            if state_SU.data_ptr() != states_TSU[step].data_ptr():
+                states_TSU[step] = state_SU
             torch.addmm(b_given, x_TSD[step], w_ih.T, out=given_SG)
             if step:  # the first state is zero
                 given_SG[:, : 2 * width].addmm_(states_TSU[step], w_rz.T)
@@ -67,7 +68,9 @@ class _States(torch.autograd.Function):
                 hidden_SU = _exact(hidden_TSU[step], exact_hidden_SU)
                 torch.addcmul(_exact(given_SG[:, 2 * width :], n_SU), r_SU, hidden_SU, out=n_SU)
                 _tanh_(n_SU, dtype)
-                state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_TSU[0 if last else step])
+                is_stored = last and step + 1 < num_steps and dtype == found_TSU.dtype
+                found_SU = states_TSU[step + 1] if is_stored else found_TSU[0 if last else step]
+                state_SU = torch.lerp(n_SU, state_SU, z_SU, out=found_SU)
         ctx.save_for_backward(x_TSD, w_ih, w_hh, states_TSU, rz_TSV, n_TSU, hidden_TSU)
         return found_TSU
 

@@ -54,9 +54,13 @@ class _ResidualSums(torch.autograd.Function):
             torch.threshold_(weighted_FNK, _LEAST, 0.0)
             if attention_BTN is not None:
                 weighted_FNK = weighted_FNK * attention_BTN[clips].flatten(0, 1)[..., None]
-            sums_FKD = torch.bmm(weighted_FNK.transpose(1, 2), x_FND)
+            place_BTKD = sums_TBKD[:, clips].transpose(0, 1)
+            is_exact = dtype == x_BTND.dtype and len(place_BTKD) == 1
+            sums_FKD = place_BTKD[0] if is_exact else x_FND.new_empty(len(x_FND), *centres_KD.shape)
+            torch.bmm(weighted_FNK.transpose(1, 2), x_FND, out=sums_FKD)
             sums_FKD.addcmul_(weighted_FNK.sum(dim=1)[..., None], centres_KD, value=-1)
-            sums_TBKD[:, clips] = sums_FKD.unflatten(0, (-1, num_frames)).transpose(0, 1)
+            if not is_exact:
+                place_BTKD.copy_(sums_FKD.unflatten(0, (-1, num_frames)))
         ctx.save_for_backward(x_BTND, attention_BTN, weight_KD, centres_KD, assign_BTNK)
         return sums_TBKD.transpose(0, 1)
 
