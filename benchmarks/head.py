@@ -304,7 +304,7 @@ def main() -> None:
         _memory_child(*options.memory_of)
         return
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as fit does
+    keep_freed_memory(_CPU)  # as fit does
     _check()
     tables = {name: table for name, table in _tables(options.compile).items() if options.only in name}
     found = {

@@ -252,12 +252,12 @@ class _Filler:
 
     def __init__(self, site_name: str, recipe: Recipe, features: FeatureSet) -> None:
         torch.set_num_threads(max(1, int(recipe.resources.cpus_per_worker)))
-        keep_freed_memory()
         site = load_site(site_name)
         store, self._index = open_set(site, recipe.dataset, recipe)
         self._features = features
         model, _ = build_untrained(site, recipe, len(self._index.actions))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        keep_freed_memory(device)
         self._extract = Extractor(model, device, recipe.training.precision, features.kind)
         self._loader = feature_loader(recipe, self._index, store, recipe.resources.unmeasured_threads)
 

@@ -27,8 +27,7 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     keys: list[str] = []
     labels: list[torch.Tensor] = []
     probabilities: list[torch.Tensor] = []

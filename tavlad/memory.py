@@ -2,16 +2,21 @@
 
 import ctypes
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MOST = 1 << 30
 
 
-def keep_freed_memory() -> None:
-    """Let glibc use freed memory again, up to a gigabyte a tensor, for the rest of the process; elsewhere does nothing.
+def keep_freed_memory(device: torch.device) -> None:
+    """For a process that computes on a CPU: let glibc use freed memory again, up to a gigabyte a tensor, from now on.
+    Elsewhere does nothing.
 
     By default it gives large pieces back to the kernel at once and takes fresh ones, and each fresh page costs a fault:
-    a tenth to a fifth of a step (docs/LOG.md, 2026-11-26). The process keeps what it needed at most.
+    3 to 18 % of what was timed (docs/LOG.md, 2026-11-26). The process keeps what it needed at most.
     """
+    if device.type != "cpu":
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library

@@ -102,8 +102,7 @@ def fit(
     with `world.virtual_ranks` not even that. Raises `Diverged` when the loss is no longer a number.
     """
     stage, number = plan.stage, plan.number
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(world.device)
     train = _Repeated(train, stage.passes(train.num_steps))
     choose_trained(model, stage)
     training = plan.training
