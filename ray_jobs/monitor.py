@@ -5,7 +5,10 @@ from typing import Any
 
 import ray
 
+from infra.site import load_site
 from ray_jobs.cluster import on_this_node
+from ray_jobs.plan import TrainingPlan
+from shards.store import StoreUnreachable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +42,6 @@ class Leaving:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
-    """A checkpoint is whole."""
-
-    name: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Stepped:
     """Steps done and to do in one stage."""
 
@@ -68,7 +64,7 @@ class UserError:
     text: str
 
 
-News = Started | Said | Lost | Leaving | Saved | Stepped | EpochDone | UserError
+News = Started | Said | Lost | Leaving | Stepped | EpochDone | UserError
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
@@ -82,15 +78,13 @@ class _Monitor:
         self._error: str | None = None
         self._is_leaving = False
         self._restarts = 0  # since the last new checkpoint
+        self._newest: str | None = None
 
     def tell(self, news: News) -> None:
         if isinstance(news, UserError):
             self._error = self._error or news.text
         if isinstance(news, Leaving):
             self._is_leaving = True
-        if isinstance(news, Saved):
-            self._restarts = 0
-            return
         if isinstance(news, Stepped) and self._news and isinstance(self._news[-1], Stepped):
             self._news.pop()
         self._news.append(news)
@@ -108,9 +102,11 @@ class _Monitor:
     def start_anew(self) -> None:
         self._is_leaving = False
 
-    def lost(self, cause: str, max_restarts: int) -> float | None:
+    def lost(self, cause: str, max_restarts: int, newest: str | None) -> float | None:
         if self._error is not None:
             return None
+        if newest is not None and newest != self._newest:
+            self._newest, self._restarts = newest, 0
         if self._is_leaving:
             self._is_leaving = False
             return 0.0
@@ -165,9 +161,17 @@ class Monitor:
         """New workers take over from those that left."""
         ray.get(self._handle.start_anew.remote())
 
-    def lost(self, cause: str, max_restarts: int) -> float | None:
-        """The workers are gone: seconds to wait before new ones start, or None for never. After `Leaving` at once."""
-        return ray.get(self._handle.lost.remote(cause, max_restarts))
+    def lost(self, cause: str, plan: TrainingPlan) -> float | None:
+        """The workers are gone: seconds to wait before new ones start, or None for never. After `Leaving` at once.
+
+        Whether there is a new checkpoint the store says: a worker may die between writing one and telling of it.
+        """
+        try:
+            names = plan.checkpoints(load_site(plan.site_name)).names()
+        except StoreUnreachable:
+            names = []
+        newest = names[-1] if names else None
+        return ray.get(self._handle.lost.remote(cause, plan.recipe.resources.max_restarts, newest))
 
     def stop(self) -> None:
         """End the actor."""

@@ -27,6 +27,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY
 from ray_jobs.monitor import Leaving, Monitor, Said, UserError
 from ray_jobs.notice import give_notice
+from ray_jobs.plan import TrainingPlan
 
 _SECONDS_FOR_A_CHECKPOINT = 60.0
 _COLLATERAL = ("gloo", "NCCL", "DistBackendError", "DistNetworkError")
@@ -36,9 +37,9 @@ _COLLATERAL = ("gloo", "NCCL", "DistBackendError", "DistNetworkError")
 class Restarts(ControllerCallback, WorkerGroupCallback):
     """Ray Train's controller calls it; it runs there."""
 
-    def __init__(self, monitor: Monitor, max_restarts: int) -> None:
+    def __init__(self, monitor: Monitor, plan: TrainingPlan) -> None:
         self._monitor = monitor
-        self._max_restarts = max_restarts
+        self._plan = plan
         self._group: WorkerGroup | None = None
         self._told_of_waiting = False
         self._began = 0.0
@@ -78,7 +79,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
             self._monitor.tell_surely(UserError(text=NODE_OUT_OF_MEMORY))
         elif _is_preemption_failure(error) and not self._monitor.has_left():
             self._monitor.tell_surely(Leaving(text="a node was taken away: starting again"))
-        seconds = self._monitor.lost(_cause(error), self._max_restarts)
+        seconds = self._monitor.lost(_cause(error), self._plan)
         if seconds is None:
             raise RuntimeError("the training is not started again: see the driver's message")
         time.sleep(seconds)

@@ -25,7 +25,7 @@ from infra.site import Site
 from ray_jobs.cluster import connect
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
-from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Saved, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, UserError
 from ray_jobs.network import HostNetwork
 from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
@@ -102,7 +102,7 @@ def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
             _trainer(site, plan, config).fit()
         except (RayActorError, ControllerError):
             cause = "Ray's controller of the training was lost"
-            seconds = config.monitor.lost(cause, plan.recipe.resources.max_restarts)
+            seconds = config.monitor.lost(cause, plan)
             if seconds is None:
                 raise
             time.sleep(seconds)
@@ -119,7 +119,7 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
         per_worker["memory"] = resources.memory_per_worker * 1e9
     filesystem, path = arrow_filesystem(f"{plan.uri}/ray", site.s3)
     # Ray's signature knows only the kind of callback that hears of reports and errors; it takes every kind.
-    callbacks: list[Any] = [Restarts(config.monitor, resources.max_restarts), ListenForSigterm()]
+    callbacks: list[Any] = [Restarts(config.monitor, plan), ListenForSigterm()]
     return ray.train.torch.TorchTrainer(
         lambda: train_worker(config),
         scaling_config=ray.train.ScalingConfig(
@@ -186,8 +186,6 @@ class _Follower:
             case Lost(text=text) | Leaving(text=text):
                 self._lost_at = time.monotonic()
                 self._console.say(f"  {text}")
-            case Saved():
-                pass
             case Stepped(stage=stage, done=done, total=total):
                 self._tell_of_recovery(stage, done)
                 self._advance(bars, stage, done, total)

@@ -21,7 +21,7 @@ from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
 from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading, memory_of
-from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Saved, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, UserError
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
 from shards.features import FeatureSet
@@ -274,7 +274,6 @@ class _Trainer:
                 if scores is not None:
                     (directory / SCORES).write_bytes(_scores_to_bytes(scores))
                 outlast(lambda: self._checkpoints.save(name, directory), told=self._tell_of_waiting)
-            self._monitor.tell(Saved(name=name))
             on_written()
 
         self._writer.submit(write)

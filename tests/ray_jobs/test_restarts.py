@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ray_jobs.cluster import lack_of_memory
-from ray_jobs.monitor import Leaving, Lost, Saved, UserError, _Monitor
+from ray_jobs.monitor import Leaving, Lost, UserError, _Monitor
 from ray_jobs.recipe import load_recipe
 
 
 def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> None:
     monitor = _Monitor()
-    assert [monitor.lost("worker 1 died", 4) for _ in range(5)] == [0, 5, 10, 20, None]
+    assert [monitor.lost("worker 1 died", 4, "stage1-epoch00001") for _ in range(5)] == [0, 5, 10, 20, None]
     *lost, error = monitor.read()
     assert [type(news) for news in lost] == [Lost] * 4
     assert isinstance(lost[1], Lost)
@@ -22,9 +22,11 @@ def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> No
 
 def test_a_new_checkpoint_begins_the_count_anew() -> None:
     monitor = _Monitor()
-    for _ in range(20):
-        assert [monitor.lost("it died", 2), monitor.lost("it died", 2)] == [0, 5]
-        monitor.tell(Saved(name="stage1-epoch00001"))
+    assert monitor.lost("it died", 3, None) == 0
+    for epoch in range(1, 20):
+        newest = f"stage1-epoch{epoch:05}"
+        assert [monitor.lost("it died", 3, newest), monitor.lost("it died", 3, newest)] == [0, 5]
+        assert monitor.lost("it died, and the store does not answer", 3, None) == 10
 
 
 def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None:
@@ -32,16 +34,16 @@ def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None
     for _ in range(20):
         monitor.tell(Leaving(text="SIGTERM"))
         assert monitor.has_left()
-        assert monitor.lost("it left", 1) == 0
+        assert monitor.lost("it left", 1, None) == 0
         assert not monitor.has_left()
-    assert monitor.lost("it died", 0) is None
+    assert monitor.lost("it died", 0, None) is None
 
 
 def test_what_the_user_must_mend_is_never_tried_again() -> None:
     monitor = _Monitor()
     monitor.tell(UserError(text="lower stage1.lr"))
     monitor.tell(UserError(text="collateral"))
-    assert monitor.lost("it failed", 100) is None
+    assert monitor.lost("it failed", 100, None) is None
     assert monitor.error() == "lower stage1.lr", "the first cause"
 
 
