@@ -43,6 +43,7 @@ _FRAMES = 8
 _STAGE = StageConfig(epochs=1, lr=1e-4, trunk="last-block", fc=True, vlad=True)
 _BASE = "torchrun"
 _RAY = "ray"
+_VARIANTS = [_RAY, "checkpoint", "deterministic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,14 +254,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--crop", type=int, default=112)
     parser.add_argument("--virtual-ranks", type=int, default=4)
-    parser.add_argument("--without-ray", action="store_true", help="where Ray is not installed")
+    parser.add_argument("--only", nargs="+", choices=_VARIANTS, default=_VARIANTS, help="variants beside torchrun")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         _run(Job(**json.loads(options.job)))
         return
     facts = machine_facts(["torch", "ray"])
-    variants = [_BASE, *([] if options.without_ray else [_RAY]), "checkpoint", "deterministic"]
+    variants = [_BASE, *options.only]
     names = ("rounds", "steps", "batch_size", "crop", "virtual_ranks")
     with tempfile.TemporaryDirectory(prefix="tavlad-reliability-") as folder:
         told = {"variants": variants, "folder": folder} | {name: getattr(options, name) for name in names}
