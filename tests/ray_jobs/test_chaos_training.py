@@ -505,9 +505,23 @@ def test_a_worker_ended_for_its_nodes_lack_of_memory_ends_the_training_at_once(
     show("a node out of memory", "one sentence, exit code 2", "never tried again", "–")
 
 
-_JOIN = ["start", "--num-cpus=1", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
-_JOIN += ["--min-worker-port=0", "--max-worker-port=0"]
-_PORTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
+_NODE = """
+import sys
+import time
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+names = ("dashboard_agent_listen_port", "runtime_env_agent_port", "metrics_agent_port", "metrics_export_port")
+ports = dict(zip(names, map(int, sys.argv[2:]), strict=True))
+params = RayParams(
+    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=1, object_store_memory=100_000_000,
+    min_worker_port=0, max_worker_port=0, **ports,
+)
+Node(params, head=False, spawn_reaper=False)
+while True:
+    time.sleep(1)
+"""
+"""What `ray start` does for a node, which refuses one beside a head that keeps to loopback (infra/site.py)."""
+_PORTS_OF_A_NODE = 4
 
 
 @pytest.fixture
@@ -516,8 +530,8 @@ def join(local_site: Site) -> "Generator[Callable[..., subprocess.Popen[bytes]]]
     nodes: list[subprocess.Popen[bytes]] = []
 
     def start(**variables: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "ray.scripts.scripts", *_JOIN, f"--address={local_site.ray_address}"]
-        command += [f"--{name}-port={free_port()}" for name in _PORTS]
+        command = [sys.executable, "-c", _NODE, local_site.ray_address]
+        command += [str(free_port()) for _ in range(_PORTS_OF_A_NODE)]
         environment = os.environ | local_site.ray_environment() | {"TAVLAD_HOME": str(local_site.state)}
         environment |= PATIENCE | variables
         nodes.append(
