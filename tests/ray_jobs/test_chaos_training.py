@@ -101,9 +101,15 @@ class Training:
         return name
 
     def ends_well(self) -> None:
-        self.process.wait(timeout=300)
+        self.ends_with(0, 300)
+
+    def ends_with(self, code: int, seconds: float) -> None:
+        try:
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it did not end in {seconds} s: {self.text}")
         self._reader.join()
-        assert self.process.returncode == 0, self.text
+        assert self.process.returncode == code, self.text
 
 
 def _until(holds: Callable[[], Any], seconds: float = 120, training: Training | None = None) -> Any:
@@ -496,8 +502,7 @@ def test_a_worker_ended_for_its_nodes_lack_of_memory_ends_the_training_at_once(
     join(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="100")
     _until(lambda: _ask_cluster(_CPUS) == cpus + 1)
     training = Training(13, f"resources.workers={cpus + 1}")
-    training.process.wait(timeout=200)
-    assert training.process.returncode == 2, training.text
+    training.ends_with(2, 200)
     assert training.when("error: a node ran out of memory, and Ray ended a process") is not None, training.text
     assert training.when("starting again") is None, training.text
     assert "Traceback" not in training.text
@@ -541,9 +546,11 @@ def join(local_site: Site) -> "Generator[Callable[..., subprocess.Popen[bytes]]]
         )
         return nodes[-1]
 
+    cpus = _ask_cluster(_CPUS)
     yield start
     for node in nodes:
         _kill_node(node)
+    _until(lambda: _ask_cluster(_CPUS) == cpus)  # Ray takes a while to see that a node is gone
 
 
 def _announce_end(site: Site, seconds: int) -> None:
