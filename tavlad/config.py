@@ -192,8 +192,9 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     """Share of a clip's label that is spread over all actions in the training loss."""
     compile: bool = False
-    """torch.compile for the frozen trunk, on a GPU also for the last block and the head: the first steps of each stage
-    compile, and are slow. Needs a C++ compiler, and on a GPU Triton."""
+    """torch.compile for the frozen trunk (on a GPU not a ResNet's, which runs in cuDNN's fused kernels), on a GPU also
+    for the last block and the head: the first steps of each stage compile, and are slow. Needs a C++ compiler, and on a
+    GPU Triton."""
     cuda_graphs: bool = False
     """With `compile`, on a GPU: what is compiled is recorded and launched as CUDA graphs, one for each size of a batch.
     For GPUs that wait for the launches of small batches; takes more memory."""

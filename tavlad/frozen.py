@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map
 
 from tavlad.backbone import TrunkMaps, TrunkNetwork
 from tavlad.compiled import compiled
@@ -32,6 +33,7 @@ class _Folded:
     """A folded copy in one precision, and which weights each of its halves was made of."""
 
     trunk: TrunkNetwork
+    is_fused: bool
     versions: dict[_Half, _Version]
     compiled: dict[_Half, Callable[[Tensor], Any]]
 
@@ -45,7 +47,7 @@ class FrozenTrunk:
     def __init__(self, trunk: TrunkNetwork) -> None:
         self._trunk = trunk
         self.compile = False
-        """Whether what the copies compute is compiled."""
+        """Whether what the copies compute is compiled, but for fused ones, which are as quick."""
         self.graphs = False
         """Whether it is then launched as CUDA graphs."""
         self._folded: dict[torch.dtype, _Folded] = {}
@@ -73,13 +75,19 @@ class FrozenTrunk:
         with torch.inference_mode(mode=False), torch.no_grad():  # a copy made in inference mode could not be mended
             folded = self._current(dtype, half)
         run: Callable[[Tensor], Any] = getattr(folded.trunk, half)
-        if self.compile:
+        is_compiled = self.compile and not folded.is_fused
+        if is_compiled:
             run = folded.compiled.setdefault(half, compiled(run, graphs=self.graphs))
-        parts = _passes(inputs_BCHW, frames_per_pass)
+        found: list[Any] = []
         with torch.autocast(device, enabled=False):
-            if half == "late":
-                return [run(part.to(dtype, memory_format=_channels_last(self._trunk))) for part in parts]
-            return [run(normalise(self._trunk, part, dtype)) for part in parts]
+            for part in _passes(inputs_BCHW, frames_per_pass):
+                if half == "late":
+                    maps = run(part.to(dtype, memory_format=_channels_last(self._trunk)))
+                else:
+                    maps = run(normalise(self._trunk, part, dtype))
+                # A graph's output lies where its next launch, of the pass that follows, puts its own.
+                found.append(tree_map(Tensor.clone, maps) if is_compiled and self.graphs else maps)
+        return found
 
     def _current(self, dtype: torch.dtype, half: _Half) -> _Folded:
         """The trunk as its weights are now."""
@@ -93,9 +101,8 @@ class FrozenTrunk:
         found = self._folded.get(dtype)
         if found is None or found.trunk.mean_C.device != self._trunk.mean_C.device:
             copied = fold(self._trunk).to(dtype).to(memory_format=_channels_last(self._trunk))
-            if copied.mean_C.is_cuda:
-                copied.fuse()
-            found = self._folded[dtype] = _Folded(trunk=copied, versions=versions, compiled={})
+            is_fused = copied.mean_C.is_cuda and copied.fuse()
+            found = self._folded[dtype] = _Folded(trunk=copied, is_fused=is_fused, versions=versions, compiled={})
         elif found.versions[half] != versions[half]:
             # In place: compiled code goes on with the same memory.
             found.trunk.load_state_dict(fold(self._trunk).state_dict())

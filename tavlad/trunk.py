@@ -78,8 +78,10 @@ class TrunkNetwork(nn.Module, ABC):
         """The last feature maps from what `early` gives."""
         return self.maps(early_BEHW)
 
-    def fuse(self) -> None:
-        """Compute in fewer kernels from now on, where the trunk knows how: for a folded copy that is never trained."""
+    def fuse(self) -> bool:
+        """Compute in fewer kernels from now on, for a folded copy that is never trained; False where the trunk does not
+        know how."""
+        return False
 
     @abstractmethod
     def last_block_convs(self, downsample: bool = True) -> list[nn.Module]:

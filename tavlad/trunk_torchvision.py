@@ -66,9 +66,10 @@ class ResNetTrunk(TrunkNetwork):
         pre_relu = without_last_relu(self.layer4[-1], x)
         return TrunkMaps(pre_relu, functional.relu(pre_relu))
 
-    def fuse(self) -> None:
+    def fuse(self) -> bool:
         assert isinstance(self.bn1, nn.Identity), "only of a folded copy"
         self._is_fused = True
+        return True
 
     def _runs_fused(self) -> bool:
         return self._is_fused and not torch.compiler.is_compiling()  # which fuses by itself

@@ -48,6 +48,18 @@ def test_stage_2_learns_the_same_as_on_a_cpu(changes: dict[str, object]) -> None
         torch.testing.assert_close(found.get_parameter(name).cpu(), weights, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("speed", [{}, {"cuda_graphs": True}])
+@torch.no_grad()
+def test_maps_of_several_passes_through_a_compiled_trunk_are_the_plain_ones(speed: dict[str, bool]) -> None:
+    model = tiny.build_model(dataclasses.replace(tiny.CONFIG, trunk="efficientnet_lite0")).to(_GPU).eval()
+    frames_BTCHW = torch.randint(0, 256, (50, 25, 3, 32, 32), dtype=torch.uint8, device=_GPU)  # five passes
+    expected = model.features(frames_BTCHW)
+    model.speed(**{"compile": True, "cuda_graphs": False, "recompute": False} | speed)
+    for _ in range(3):  # graphs are recorded at the second time
+        found = model.features(frames_BTCHW)
+        torch.testing.assert_close(found.maps_BTDHW, expected.maps_BTDHW, rtol=1e-3, atol=1e-3)
+
+
 def test_batches_arrive_whole_and_in_order_ahead_of_the_step() -> None:
     expected = list(tiny.TinyBatches(num_clips=10).epoch(0))
     pinned = [dataclasses.replace(each, frames_BTCHW=each.frames_BTCHW.pin_memory()) for each in expected]
