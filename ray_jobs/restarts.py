@@ -75,11 +75,11 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
             self._prepare_resize(decision.num_workers)
 
     def _lost(self, error: TrainingFailedError) -> None:
-        if any(isinstance(each, OutOfMemoryError) for each in _deaths(error).values()):
+        if lacked_memory(error):
             self._monitor.tell_surely(UserError(text=NODE_OUT_OF_MEMORY))
         elif _is_preemption_failure(error) and not self._monitor.has_left():
             self._monitor.tell_surely(Leaving(text="a node was taken away: starting again"))
-        seconds = self._monitor.lost(_cause(error), self._plan)
+        seconds = self._monitor.lost(cause_of(error), self._plan)
         if seconds is None:
             raise RuntimeError("the training is not started again: see the driver's message")
         time.sleep(seconds)
@@ -104,12 +104,20 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._monitor.start_anew()
 
 
-def _is_death_at_the_start(error: TrainingFailedError) -> bool:
+def lacked_memory(error: Exception) -> bool:
+    """Whether Ray ended a worker, before or while it trained, or the controller, since a node's memory was full."""
+    failures = [error.controller_failure] if isinstance(error, ControllerError) else [error, *_deaths(error).values()]
+    return any(isinstance(each, OutOfMemoryError) for each in failures)
+
+
+def _is_death_at_the_start(error: Exception) -> bool:
     """Whether workers were lost before they trained; what Ray waits for otherwise is room for them."""
-    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupFailedError | RayActorError
+    )
 
 
-def _deaths(error: TrainingFailedError) -> dict[int, Exception]:
+def _deaths(error: Exception) -> dict[int, Exception]:
     """How workers died, by rank."""
     failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     return {
@@ -119,10 +127,12 @@ def _deaths(error: TrainingFailedError) -> dict[int, Exception]:
     }
 
 
-def _cause(error: TrainingFailedError) -> str:
+def cause_of(error: Exception) -> str:
     """The first cause in one sentence, without a traceback."""
     if _is_death_at_the_start(error):
         return "a worker died, or its node was lost, while the workers were starting"
+    if isinstance(error, RayActorError | ControllerError):
+        return "Ray's controller of the training was lost"
     if died := _deaths(error):
         return f"worker {', '.join(map(str, died))} died, or its node was lost"
     failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 import ray.train
 import ray.train.torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
 
 from infra.site import Site
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
 from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, UserError
@@ -31,7 +31,7 @@ from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun, register_training
-from ray_jobs.restarts import Restarts
+from ray_jobs.restarts import Restarts, cause_of, lacked_memory
 from ray_jobs.run_records import RunRecords
 from ray_jobs.worker import WorkerConfig, train_worker
 from shards.index import Index
@@ -100,9 +100,10 @@ def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
     while True:
         try:
             _trainer(site, plan, config).fit()
-        except (RayActorError, ControllerError):
-            cause = "Ray's controller of the training was lost"
-            seconds = config.monitor.lost(cause, plan)
+        except (RayActorError, OutOfMemoryError, ControllerError) as error:
+            if lacked_memory(error):
+                raise ValueError(NODE_OUT_OF_MEMORY) from error
+            seconds = config.monitor.lost(cause_of(error), plan)
             if seconds is None:
                 raise
             time.sleep(seconds)

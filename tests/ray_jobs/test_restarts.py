@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from ray_jobs.cluster import lack_of_memory
 from ray_jobs.monitor import Leaving, Lost, UserError, _Monitor
 from ray_jobs.recipe import load_recipe
+from ray_jobs.restarts import cause_of, lacked_memory
 
 
 def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> None:
@@ -45,6 +49,41 @@ def test_what_the_user_must_mend_is_never_tried_again() -> None:
     monitor.tell(UserError(text="collateral"))
     assert monitor.lost("it failed", 100, None) is None
     assert monitor.error() == "lower stage1.lr", "the first cause"
+
+
+_FULL, _DIED = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), ActorDiedError()
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (_FULL, True),  # the controller itself
+        (ControllerError(_FULL), True),  # a worker while it started
+        (WorkerGroupError("1 failed", {1: WorkerHealthCheckFailedError("dead", failure=_FULL)}), True),
+        (_DIED, False),
+        (ControllerError(_DIED), False),
+        (WorkerGroupError("1 failed", {1: WorkerHealthCheckFailedError("dead", failure=_DIED)}), False),
+        (WorkerGroupError("1 failed", {1: ValueError("no")}), False),
+    ],
+)
+def test_what_ray_ended_for_memory_is_known_whenever_it_was(error: Exception, lacks: bool) -> None:
+    assert lacked_memory(error) == lacks
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (_DIED, "Ray's controller of the training was lost"),
+        (ControllerError(_DIED), "a worker died, or its node was lost, while the workers were starting"),
+        (ControllerError(KeyError("x")), "Ray's controller of the training was lost"),
+        (
+            WorkerGroupError("", {1: WorkerHealthCheckFailedError("", failure=_DIED)}),
+            "worker 1 died, or its node was lost",
+        ),
+    ],
+)
+def test_the_cause_of_a_restart_is_one_sentence(error: Exception, cause: str) -> None:
+    assert cause_of(error) == cause
 
 
 @pytest.mark.parametrize(("text", "range_"), [("3", (3, 3)), ("2-8", (2, 8)), ("1 - 1", (1, 1))])
