@@ -223,7 +223,7 @@ class StopTrials(Stopper):
         self._asked.set()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._rung is not None and result[EPOCH_NAME] >= self._rung
+        return self._rung is not None and result.get(EPOCH_NAME, 0) >= self._rung
 
     def stop_all(self) -> bool:
         return self._asked.is_set()
