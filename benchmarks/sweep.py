@@ -1,14 +1,14 @@
-"""What a grid of 27 trials on shared features costs, with and without ASHA, against 27 stage-1 runs from frames.
+"""What a grid of 27 trials on shared features costs, with and without halving, against 27 stage-1 runs from frames.
 
 python benchmarks/sweep.py ../shared/data/weizmann [--epochs 10] [--seeds 0 1 2] [--trunk resnet34] [--crop 224]
 
 Grid: 3 learning rates x K in {16, 32, 64} x U in {64, 128, 256}. A seed has a site of its own, new: the grid's time is
-`tavlad tune`'s from its start to its end, codebooks and filling included. The sweep with ASHA comes after it and finds
-these; what they took the grid is added to its time. The 27 runs from frames are not run: their seconds are computed
-from an epoch of the smallest model (all 27 are taken to be as quick), measured here after some steps that warm up,
-through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a
-machine that others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what ASHA spends
-and chooses.
+`tavlad tune`'s from its start to its end, codebooks and filling included. The sweep with halving comes after it and
+finds these; what they took the grid is added to its time. The 27 runs from frames are not run: their seconds are
+computed from an epoch of the smallest model (all 27 are taken to be as quick), measured here after some steps that warm
+up, through the same loop, in one process with all cores. All are wall seconds of one machine, one after the other: a
+machine that others use meanwhile distorts the ratios. `--without-frames` leaves the comparison out: what halving
+spends and chooses.
 """
 
 import argparse
@@ -89,7 +89,6 @@ def _sweep(home: Path, space: Path, scheduler: str, changes: list[str]) -> dict[
             if "clip views for all trials together" in line:
                 prepared = time.perf_counter() - started
         document = json.loads(driver.stdout.read().splitlines()[-1])
-    assert prepared
     print(json.dumps(document), file=sys.stderr)
     return document | {"seconds": time.perf_counter() - started, "prepared": prepared}
 
@@ -133,20 +132,21 @@ def _compare(folder: Path, options: argparse.Namespace, space: Path, seed: int) 
             found["frames_epoch_seconds"] = float(_run(home, "-c", _FROM_FRAMES, json.dumps(smallest)))
             print(f"an epoch from frames: {found['frames_epoch_seconds']:.1f} s", file=sys.stderr)
         whole = found["grid"] = _sweep(home, space, "none", changes)
-        stopping = found["asha"] = _sweep(home, space, "asha", changes)
+        stopping = found["halving"] = _sweep(home, space, "halving", changes)
         trials = _trials(home, whole["sweep"])
     finally:
         _run(home, "-m", "ray_jobs.cli", "down")
         shutil.rmtree(home, ignore_errors=True)
     if not options.without_frames:
         found["frames_seconds"] = 27 * options.epochs * found["frames_epoch_seconds"]
+        assert whole["prepared"], "the site is not new: its grid was done"
         found["grid_share"] = whole["seconds"] / found["frames_seconds"]
-        found["asha_seconds"] = whole["prepared"] + stopping["seconds"] - stopping["prepared"]
-        found["asha_share"] = found["asha_seconds"] / found["frames_seconds"]
-    found["asha_epochs_share"] = stopping["epochs"] / whole["epochs"]
-    # What ASHA chose, as the full grid knows it.
+        found["halving_seconds"] = whole["prepared"] + stopping["seconds"] - stopping["prepared"]
+        found["halving_share"] = found["halving_seconds"] / found["frames_seconds"]
+    found["halving_epochs_share"] = stopping["epochs"] / whole["epochs"]
+    # What halving chose, as the full grid knows it.
     found["grid_best"] = max(trial["rows"][-1]["held_out/top1"] for trial in trials)
-    found["asha_choice"] = _top1(trials, stopping["best"]["changes"])
+    found["halving_choice"] = _top1(trials, stopping["best"]["changes"])
     found["curves"] = {
         json.dumps(trial["changes"]): [[row["held_out/top1"], row["held_out/loss"]] for row in trial["rows"]]
         for trial in trials
@@ -176,13 +176,12 @@ def main() -> None:
         space.write_text("\n".join(lines) + "\n")
         for seed in options.seeds:
             found = _compare(Path(folder), options, space, seed)
-            line = (
-                f"| {seed} | {found['asha_epochs_share']:.0%} | {found['grid_best']:.1%} | {found['asha_choice']:.1%} |"
-            )
+            line = f"| {seed} | {found['halving_epochs_share']:.0%} | {found['grid_best']:.1%} |"
+            line += f" {found['halving_choice']:.1%} |"
             if not options.without_frames:
                 line += (
                     f" {found['frames_seconds']:.0f} s (computed) | {found['grid']['seconds']:.0f} s, "
-                    f"{found['grid_share']:.1%} | {found['asha_seconds']:.0f} s, {found['asha_share']:.1%} |"
+                    f"{found['grid_share']:.1%} | {found['halving_seconds']:.0f} s, {found['halving_share']:.1%} |"
                 )
             print(line, flush=True)
             if options.out is not None:

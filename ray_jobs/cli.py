@@ -324,8 +324,12 @@ def tune(
         Literal["random", "grid", "optuna"], typer.Option(help="A seeded draw, every combination, or Optuna's TPE.")
     ] = "random",
     scheduler: Annotated[
-        Literal["asha", "none"], typer.Option(help="Stop trials that fall behind, or train all to their end.")
-    ] = "asha",
+        Literal["halving", "asha", "none"],
+        typer.Option(
+            help="Let the best quarter of the trials go on after a fifth of the epochs, or train all to their end. "
+            "asha is another name of halving, which waits for all trials."
+        ),
+    ] = "halving",
     finalists: Annotated[
         int, typer.Option(help="Best configurations to train in both stages, evaluate and register.")
     ] = 1,
@@ -354,7 +358,7 @@ def tune(
     loaded = load_recipe(recipe, change, dataset)
     options = SweepOptions(
         search=search,
-        scheduler=scheduler,
+        scheduler="halving" if scheduler == "asha" else scheduler,
         trials=trials,
         share=held_out,
         finalists=finalists,

@@ -2,6 +2,7 @@
 
 started/ID.json      the fields a trial changes, written before it begins
 checkpoints/ID/...   a trial's state after each epoch, until it is over
+waiting/ID.json      a trial as it stood at the rung, where it waits for the others
 trials/ID.json       a trial that is over, written once: its rows, epoch by epoch
 
 A trial's ID is a fingerprint of what it computes. A sweep started again takes what is over from here.
@@ -10,6 +11,7 @@ A trial's ID is a fingerprint of what it computes. A sweep started again takes w
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +23,7 @@ from infra.site import Site
 from ray_jobs.checkpoints import Checkpoints
 from ray_jobs.plan import TrainingPlan
 from ray_jobs.recipe import Recipe, change_recipe
-from ray_jobs.space import Changes, Dimension, changed
+from ray_jobs.space import Changes, Dimension, changed, extremes
 from shards.held_out import held_out
 from shards.index import Index
 from shards.store import Store, open_store
@@ -29,13 +31,16 @@ from tavlad.config import STAGE2, StageConfig
 from tavlad.metrics import Scores
 
 Search = Literal["random", "grid", "optuna"]
-Scheduler = Literal["asha", "none"]
-State = Literal["finished", "stopped", "diverged"]
+Scheduler = Literal["halving", "none"]
+State = Literal["finished", "stopped", "diverged", "waiting"]
 Row = dict[str, Any]
 """One epoch of a trial: `epoch` from 1, and its metrics."""
 
 _FORMAT = 1  # raise it when the same trial would no longer compute the same
 SCORE = "held_out/score"
+
+RUNG, KEPT = 5, 4
+"""After a fifth of the epochs a trial waits for the others, and the best quarter goes on: 2/5 of all epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +49,8 @@ class SweepOptions:
 
     search: Search = "random"
     """A seeded random draw, every combination, or Optuna's TPE."""
-    scheduler: Scheduler = "asha"
-    """Whether trials that fall behind are stopped early (ASHA, by epochs)."""
+    scheduler: Scheduler = "halving"
+    """Whether trials that fall behind are stopped early, all at once and so in whatever order they ran."""
     trials: int | None = None
     """How many; None for all of a grid."""
     share: float = 0.25
@@ -106,6 +111,13 @@ class SweepPlan:
         return f"{self.training.dataset_name}-split{self.training.split}-sweep-{digest[:10]}"
 
     @property
+    def rung(self) -> int | None:
+        """Epochs after which a trial waits for the others; None where none is stopped early."""
+        epochs = int(extremes(self.dimensions).get("stage1.epochs", self.training.recipe.stage1.epochs))
+        rung = max(1, epochs // RUNG)
+        return rung if self.options.scheduler == "halving" and rung < epochs else None
+
+    @property
     def seed(self) -> int:
         """Of the draw, of the order of trials and of what is held out."""
         return self.training.recipe.training.seed
@@ -130,7 +142,7 @@ class SweepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """A trial that is over."""
+    """A trial that is over, or waits for the others."""
 
     id: str
     changes: Changes
@@ -149,6 +161,10 @@ class Trial:
     def score(self) -> float:
         """What it is chosen by: `selection_score` after its last epoch; below every other where it diverged."""
         return float(self.rows[-1][SCORE]) if self.rows and self.state != "diverged" else -1.0
+
+    def score_at(self, rung: int) -> float:
+        """As it stood after so many epochs, or at its end where that came before."""
+        return float(self.rows[rung - 1][SCORE]) if self.epochs >= rung else self.score
 
 
 def selection_score(scores: Scores) -> float:
@@ -175,6 +191,18 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (whole[trial.state], -trial.score, trial.id))
 
 
+def going_on(plan: SweepPlan, trials: Sequence[Trial], total: int) -> set[str]:
+    """Trials of the best quarter at the rung, by ID; at least as many as there are finalists.
+
+    A function of the rows alone: an interrupted sweep decides the same again. A trial that failed is not among
+    `trials`, but of the `total`: it keeps nobody waiting, and no other trial goes on in its place.
+    """
+    rung, count = plan.rung, max(math.ceil(total / KEPT), plan.options.finalists)
+    assert rung is not None
+    best = sorted(trials, key=lambda trial: (-trial.score_at(rung), trial.id))
+    return {trial.id for trial in best[:count]}
+
+
 class SweepStore:
     """What is known of a sweep's trials, on the site's store."""
 
@@ -185,11 +213,15 @@ class SweepStore:
 
     def finished(self) -> dict[str, Trial]:
         """Trials that are over, by ID."""
-        found: dict[str, Trial] = {}
-        for path in self._store.list("trials/"):
-            trial = Trial(**json.loads(self._store.read(path)))
-            found[trial.id] = trial
-        return found
+        return self._trials("trials/")
+
+    def waiting(self) -> dict[str, Trial]:
+        """Trials that came to the rung, by ID; those that are over since are among them."""
+        return self._trials("waiting/")
+
+    def _trials(self, folder: str) -> dict[str, Trial]:
+        found = [Trial(**json.loads(self._store.read(path))) for path in self._store.list(folder)]
+        return {trial.id: trial for trial in found}
 
     def find(self, trial_id: str) -> Trial | None:
         """A trial, if it is over."""
@@ -207,13 +239,20 @@ class SweepStore:
         """A trial begins."""
         self._store.write_if_absent(f"started/{trial_id}.json", json.dumps(changes).encode())
 
+    def wait(self, trial: Trial) -> None:
+        """A trial is at the rung. Its checkpoints stay."""
+        self._store.write_if_absent(f"waiting/{trial.id}.json", _content(trial))
+
     def finish(self, trial: Trial) -> bool:
         """A trial is over; False if that was known, which then stays. Its checkpoints are removed."""
-        content = json.dumps(dataclasses.asdict(trial), indent=1).encode()
-        is_first = self._store.write_if_absent(f"trials/{trial.id}.json", content)
+        is_first = self._store.write_if_absent(f"trials/{trial.id}.json", _content(trial))
         self.checkpoints(trial.id).remove_all()
         return is_first
 
     def checkpoints(self, trial_id: str) -> Checkpoints:
         """A trial's checkpoints."""
         return Checkpoints(open_store(f"{self.uri}/checkpoints/{trial_id}", self._site.s3), keep=1)
+
+
+def _content(trial: Trial) -> bytes:
+    return json.dumps(dataclasses.asdict(trial), indent=1).encode()

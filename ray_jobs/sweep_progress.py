@@ -1,8 +1,9 @@
 """What is known of a running sweep: kept, recorded and shown as Ray Tune's news come in."""
 
+import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 from ray.tune import Callback, Stopper
@@ -11,6 +12,7 @@ from ray_jobs.console import Console
 from ray_jobs.space import Changes
 from ray_jobs.sweep import Row, SweepPlan, SweepStore, Trial, ranked
 from ray_jobs.sweep_records import SweepRecords
+from ray_jobs.sweep_search import EPOCH_NAME
 
 ChangesOf = Callable[[dict[str, Any]], Changes]
 """From what Ray Tune calls a trial's config to the fields it changes."""
@@ -19,30 +21,42 @@ _MOST_ROWS = 20
 
 
 class _Running:
-    """A trial that this process has heard of and that is not over."""
+    """A trial that this process has heard of and that is not over. It waits where it stands at the rung."""
 
-    def __init__(self, changes: Changes) -> None:
+    def __init__(
+        self, changes: Changes, rows: Sequence[Row] = (), state: Literal["waiting", "running", "failed"] = "running"
+    ) -> None:
         self.changes = changes
-        self.rows: list[Row] = []
+        self.rows = list(rows)
         self.reason = ""
-        self.state: Literal["waiting", "running", "failed"] = "running"
+        self.state = state
 
 
 class Progress:
     """The state of a sweep. Told by Ray Tune's thread, read by the one that shows it."""
 
     def __init__(
-        self, plan: SweepPlan, store: SweepStore, records: SweepRecords, console: Console, total: int, epochs: int
+        self,
+        plan: SweepPlan,
+        store: SweepStore,
+        records: SweepRecords,
+        console: Console,
+        total: int,
+        ids: Collection[str] | None,
     ) -> None:
-        self.over: dict[str, Trial] = store.finished()
+        """`ids` are the trials of this sweep, None where any may be."""
+        self.over = {key: trial for key, trial in store.finished().items() if ids is None or key in ids}
         self.failed: dict[str, str] = {}
         self._plan = plan
         self._store = store
         self._records = records
         self._console = console
         self._total = total
-        self._epochs = epochs
+        self._epochs = plan.trial_recipe({}).stage1.epochs
         self._running: dict[str, _Running] = {}
+        for key, trial in store.waiting().items():
+            if key not in self.over and (ids is None or key in ids):
+                self._running[key] = _Running(trial.changes, trial.rows, "waiting")
         self._lock = threading.Lock()
         self._started: float | None = None
         """When the first trial of this process began: codebooks and features before it say nothing of the others."""
@@ -76,8 +90,21 @@ class Progress:
         """A trial cannot be trained."""
         self._running[self._plan.trial_id(changes)].reason = reason
 
+    def waiting(self) -> list[Trial]:
+        """Trials at the rung."""
+        with self._lock:
+            return [
+                Trial(id=key, changes=each.changes, state="waiting", rows=each.rows)
+                for key, each in self._running.items()
+                if each.state == "waiting"
+            ]
+
+    def stop(self, trial: Trial) -> None:
+        """A trial at the rung has fallen behind."""
+        self._finish(dataclasses.replace(trial, state="stopped"))
+
     def end(self, changes: Changes) -> None:
-        """A trial has come to its end, or was stopped early."""
+        """A trial has come to its end, or to the rung."""
         trial_id = self._plan.trial_id(changes)
         running = self._running[trial_id]
         if self.stopping:
@@ -88,12 +115,19 @@ class Progress:
             self._records.end(self.over[trial_id])
             return
         wanted = self._plan.trial_recipe(changes).stage1.epochs
-        state = "diverged" if running.reason else "finished" if len(running.rows) >= wanted else "stopped"
+        state = "diverged" if running.reason else "finished" if len(running.rows) >= wanted else "waiting"
         trial = Trial(id=trial_id, changes=changes, state=state, rows=running.rows, reason=running.reason)
+        if state == "waiting":
+            self._store.wait(trial)
+            running.state = "waiting"
+        else:
+            self._finish(trial)
+
+    def _finish(self, trial: Trial) -> None:
         self._store.finish(trial)
         with self._lock:
-            self.over[trial_id] = trial
-            del self._running[trial_id]
+            self.over[trial.id] = trial
+            del self._running[trial.id]
         self._records.end(trial)
         if not self._console.is_terminal:
             self._console.say(self.line(trial))
@@ -123,7 +157,7 @@ class Progress:
         if self._started is None or not self._epochs_done:
             return "time left unknown"
         seconds = max(0, epochs) * (time.monotonic() - self._started) / self._epochs_done
-        at_most = "at most " if self._plan.options.scheduler == "asha" else ""
+        at_most = "at most " if self._plan.rung else ""
         return f"{at_most}{seconds:.0f} s left" if seconds < 100 else f"{at_most}{seconds / 60:.0f} min left"
 
     def table(self) -> tuple[str, list[str], list[list[str]]]:
@@ -174,10 +208,11 @@ class Listener(Callback):
         self._progress.fail(self._changes_of(trial.config), lines[-1][:300])
 
 
-class OnRequest(Stopper):
-    """Stops a sweep when asked to."""
+class StopTrials(Stopper):
+    """Stops each trial at the rung, if there is one, and all of them when asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, rung: int | None) -> None:
+        self._rung = rung
         self._asked = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,7 +223,7 @@ class OnRequest(Stopper):
         self._asked.set()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
+        return self._rung is not None and result.get(EPOCH_NAME, 0) >= self._rung
 
     def stop_all(self) -> bool:
         return self._asked.is_set()

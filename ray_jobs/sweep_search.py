@@ -1,4 +1,4 @@
-"""Which configurations a sweep tries, and which trials go on: Ray Tune's own search and early stopping."""
+"""Which configurations a sweep tries: Ray Tune's own search."""
 
 import importlib.util
 import random
@@ -7,26 +7,21 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.variant_generator import generate_variants
 
 from ray_jobs.space import Changes, Choice, Dimension, grid
-from ray_jobs.sweep import SCORE, SweepPlan, Trial
+from ray_jobs.sweep import SweepPlan, Trial
 
 SCORE_NAME, EPOCH_NAME = "score", "epoch"
 """What Ray Tune knows a row's score and epoch by."""
-
-REDUCTION = 3
-"""At each of ASHA's rungs about one of so many trials goes on, and each rung is so many times as far."""
 
 
 def known_configurations(plan: SweepPlan) -> list[Changes] | None:
     """All configurations of a grid or a random search, no two of them the same; None where they follow from results.
 
     A function of the space and the seed; more trials of a random search are the same ones and some more. They come in
-    an order drawn by the seed: early stopping compares a trial with those before it, and must not meet a whole corner
-    of the space first.
+    an order drawn by the seed, so that the best so far is that of the whole space and not of its first corner.
     """
     if plan.options.search == "optuna":
         return None
@@ -82,8 +77,8 @@ def require_optuna() -> None:
         raise ValueError("--search optuna needs Optuna: install it with `pip install 'tavlad[tune]'`")
 
 
-def optuna_search(plan: SweepPlan, over: Sequence[Trial]) -> Searcher:
-    """TPE that knows the trials that are over."""
+def optuna_search(plan: SweepPlan, trials: Sequence[Trial]) -> Searcher:
+    """TPE that knows the trials that are over or wait. Where there is a rung it learns from how all stood there."""
     require_optuna()
     import optuna
     from ray.tune.search.optuna import OptunaSearch
@@ -93,38 +88,7 @@ def optuna_search(plan: SweepPlan, over: Sequence[Trial]) -> Searcher:
         OptunaSearch.convert_search_space(domains(plan.dimensions)),
         metric=SCORE_NAME,
         mode="max",
-        seed=plan.seed + len(over),
-        points_to_evaluate=[trial.changes for trial in over] or None,
-        evaluated_rewards=[trial.score for trial in over] or None,
+        seed=plan.seed + len(trials),
+        points_to_evaluate=[trial.changes for trial in trials] or None,
+        evaluated_rewards=[trial.score_at(plan.rung) if plan.rung else trial.score for trial in trials] or None,
     )
-
-
-def make_scheduler(plan: SweepPlan, epochs: int, over: Sequence[Trial]) -> TrialScheduler:
-    """What stops trials early: ASHA that knows the trials that are over, or nothing."""
-    if plan.options.scheduler == "none":
-        return FIFOScheduler()
-    return _Asha(epochs, over)
-
-
-class _Asha(ASHAScheduler):
-    """Rungs at about 1/9, 1/3 and all of the epochs; trials of earlier processes stand on them already."""
-
-    def __init__(self, epochs: int, over: Sequence[Trial]) -> None:
-        first = max(1, epochs // REDUCTION**2)
-        super().__init__(
-            time_attr=EPOCH_NAME,
-            metric=SCORE_NAME,
-            mode="max",
-            max_t=epochs,
-            grace_period=first,
-            reduction_factor=REDUCTION,
-            brackets=1,
-        )
-        (bracket,) = self._brackets
-        for milestone, recorded in bracket._rungs:  # pyright: ignore[reportPrivateUsage]
-            for trial in over:
-                if trial.state == "diverged":
-                    recorded[trial.id] = trial.score
-                elif trial.epochs >= milestone:
-                    row = next(row for row in trial.rows if row["epoch"] >= milestone)
-                    recorded[trial.id] = float(row[SCORE])

@@ -152,7 +152,7 @@ class _Trial:
         }
         values = {"learned": learned, "optimizer": copy.deepcopy(report.state.optimizer), "rows": list(self._rows)}
         self._writer.submit(lambda: self._write(checkpoint_name(1, report.epoch), values))
-        if report.epoch == report.num_epochs:
+        if report.epoch in (self._job.sweep.rung, report.num_epochs):  # the process may end with this row
             self._writer.wait()
         self._report(self._rows[-1])
 

@@ -1,7 +1,7 @@
 """tavlad tune: many short trainings on shared features, compared by held-out clips; then the best ones in full.
 
-Ray Tune runs the trials and decides which go on; what is known of them is ours (`ray_jobs/sweep.py`), so that a sweep
-that was killed goes on whatever Ray Tune remembers.
+Ray Tune runs the trials: all of them to the rung, then those that go on. What is known of them is ours
+(`ray_jobs/sweep.py`), so that a sweep that was killed goes on whatever Ray Tune remembers.
 """
 
 import uuid
@@ -24,14 +24,13 @@ from ray_jobs.plan import digest_of_weights, open_set, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
 from ray_jobs.space import Changes, Dimension, extremes
-from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, ranked
-from ray_jobs.sweep_progress import Listener, OnRequest, Progress, described
+from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, going_on, ranked
+from ray_jobs.sweep_progress import Listener, Progress, StopTrials, described
 from ray_jobs.sweep_records import SweepRecords
 from ray_jobs.sweep_search import (
     EPOCH_NAME,
     SCORE_NAME,
     known_configurations,
-    make_scheduler,
     optuna_search,
     require_optuna,
 )
@@ -170,33 +169,61 @@ def _search(
     plan = job.sweep
     total = len(known) if known is not None else plan.options.trials
     assert total is not None
-    progress = Progress(plan, store, records, console, total, plan.trial_recipe({}).stage1.epochs)
-    if known is not None:
-        ids = {plan.trial_id(changes) for changes in known}
-        progress.over = {key: trial for key, trial in progress.over.items() if key in ids}
+    ids = {plan.trial_id(changes) for changes in known} if known is not None else None
+    progress = Progress(plan, store, records, console, total, ids)
     if progress.over:
         console.say(f"  {len(progress.over)} trials are over already and are not repeated")
     for trial in progress.over.values():
         records.end(trial)
-    started = store.started()
-    waiting = [changes for key, changes in started.items() if key not in progress.over]
-    if known is not None:
-        waiting = [changes for changes in known if plan.trial_id(changes) not in progress.over]
-        # Those that have checkpoints first.
-        waiting.sort(key=lambda changes: plan.trial_id(changes) not in started)
     if len(progress.over) < total:
         _prepare(site, job, index, known, console)
-        if waiting:
-            _run(site, job, progress, console, waiting)
-        left = total - len(progress.over) - len(progress.failed)
-        if known is None and left > 0:
-            _run(site, job, progress, console, optuna_search(plan, list(progress.over.values())), left)
+        _run_to_rung(site, job, progress, console, known, store.started())
+        _run_on(site, job, progress, console, total)
     if not progress.over:
         reason = next(iter(progress.failed.values()), "no trial came to its end")
         raise ValueError(f"every trial failed, the first one with: {reason}")
     if progress.failed:
         console.say(f"  {len(progress.failed)} trials failed; the same command tries them again")
     return ranked(list(progress.over.values()))
+
+
+def _run_to_rung(
+    site: Site,
+    job: TrialJob,
+    progress: Progress,
+    console: Console,
+    known: list[Changes] | None,
+    started: dict[str, Changes],
+) -> None:
+    """Every trial that is not there yet to the rung, or to its end where there is none."""
+    plan, rung = job.sweep, job.sweep.rung
+    there = progress.over.keys() | {trial.id for trial in progress.waiting()}
+    left = [changes for key, changes in started.items() if key not in there]
+    if known is not None:
+        left = [changes for changes in known if plan.trial_id(changes) not in there]
+        # Those that have checkpoints first.
+        left.sort(key=lambda changes: plan.trial_id(changes) not in started)
+    if left:
+        _run(site, job, progress, console, left, rung=rung)
+    trials = [*progress.over.values(), *progress.waiting()]
+    more = (plan.options.trials or 0) - len(trials) - len(progress.failed)
+    if known is None and more > 0:
+        _run(site, job, progress, console, optuna_search(plan, trials), more, rung=rung)
+
+
+def _run_on(site: Site, job: TrialJob, progress: Progress, console: Console, total: int) -> None:
+    """The best trials at the rung to their end; the others are over."""
+    waiting = progress.waiting()
+    if not waiting:
+        return
+    ids = going_on(job.sweep, [*progress.over.values(), *waiting], total)
+    ahead = [trial for trial in waiting if trial.id in ids]
+    console.say(f"  {len(ahead)} of the {len(waiting)} trials that were trained for {job.sweep.rung} epochs go on")
+    for trial in waiting:
+        if trial.id not in ids:
+            progress.stop(trial)
+    if ahead:
+        _run(site, job, progress, console, [trial.changes for trial in ahead])
 
 
 def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | None, console: Console) -> None:
@@ -272,17 +299,16 @@ def _run(
     console: Console,
     search: list[Changes] | Searcher,
     num_samples: int = 1,
+    rung: int | None = None,
 ) -> None:
-    """Run trials until all are over. Ctrl-C stops them, says how things stand, and is raised again."""
+    """Run trials until all are over or at the rung. Ctrl-C stops them, says how things stand, and is raised again."""
     configurations = search if isinstance(search, list) else []
 
     def changes_of(config: dict[str, Any]) -> Changes:
         return configurations[config["number"]] if "number" in config else dict(config)
 
-    stopper = OnRequest()
-    tuner = _tuner(
-        site, job, search, num_samples, Listener(progress, changes_of), stopper, list(progress.over.values())
-    )
+    stopper = StopTrials(rung)
+    tuner = _tuner(site, job, search, num_samples, Listener(progress, changes_of), stopper)
     # Fitting blocks, and takes Ctrl-C to itself in a main thread: it runs in another while this one shows what happens.
     with ThreadPoolExecutor(1, thread_name_prefix="ray-tune") as executor:
         fitting = executor.submit(tuner.fit)
@@ -317,8 +343,7 @@ def _tuner(
     search: list[Changes] | Searcher,
     num_samples: int,
     listener: Listener,
-    stopper: OnRequest,
-    over: list[Trial],
+    stopper: StopTrials,
 ) -> tune.Tuner:
     plan = job.sweep
     resources = plan.training.recipe.resources
@@ -334,13 +359,11 @@ def _tuner(
         changes = configurations[config["number"]] if configurations is not None else dict(config)
         _run_in_tune(job, changes)
 
-    longest = max(plan.trial_recipe(changes).stage1.epochs for changes in configurations or [extremes(plan.dimensions)])
     return tune.Tuner(
         tune.with_resources(trainable, needs),
         param_space=None if configurations is None else {"number": tune.grid_search(list(range(len(configurations))))},
         tune_config=tune.TuneConfig(
             search_alg=None if isinstance(search, list) else search,
-            scheduler=make_scheduler(plan, longest, over),
             num_samples=num_samples,
             max_concurrent_trials=at_once,
             reuse_actors=not in_groups,  # a group ends with its trial's process

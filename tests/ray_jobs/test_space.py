@@ -1,5 +1,6 @@
 """What a sweep cannot search is refused before anything starts; what it searches is a function of space and seed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 from ray_jobs.plan import TrainingPlan
 from ray_jobs.recipe import load_recipe
 from ray_jobs.space import Choice, Range, changed, grid, load_space, parse_space
-from ray_jobs.sweep import SweepOptions, SweepPlan, Trial, ranked, selection_score
-from ray_jobs.sweep_search import domains, known_configurations, make_scheduler, optuna_search
+from ray_jobs.sweep import SweepOptions, SweepPlan, Trial, going_on, ranked, selection_score
+from ray_jobs.sweep_search import domains, known_configurations, optuna_search
 from tavlad.codebook import require_descriptors
 from tavlad.config import CodebookConfig, ModelConfig
 from tavlad.metrics import Scores
@@ -72,7 +73,7 @@ def test_grid_of_a_log_range_is_even_in_the_logarithm_and_has_both_ends() -> Non
         grid(parse_space({"stage1": {"lr": {"low": 1e-4, "high": 1e-2}}}, RECIPE))
 
 
-def _plan(search: Any = "random", trials: int | None = 8, scheduler: Any = "asha", **changes: Any) -> SweepPlan:
+def _plan(search: Any = "random", trials: int | None = 8, scheduler: Any = "halving", **changes: Any) -> SweepPlan:
     recipe = changed(RECIPE, changes)
     training = TrainingPlan(
         site_name="local",
@@ -173,23 +174,30 @@ def test_trials_stopped_early_and_diverged_ones_rank_last() -> None:
     assert [trial.id for trial in ranked(trials)] == ["b", "a", "s", "d"]
 
 
-class _Started:
-    def __init__(self, name: str) -> None:
-        self.trial_id = name
+@pytest.mark.parametrize(("epochs", "rung"), [(1, None), (2, 1), (4, 1), (9, 1), (10, 2), (14, 2), (100, 20)])
+def test_rung_is_at_a_fifth_of_the_epochs(epochs: int, rung: int | None) -> None:
+    assert _plan(**{"stage1.epochs": epochs}).rung == rung
+    assert _plan(scheduler="none", **{"stage1.epochs": epochs}).rung is None
 
 
-def _decision(over: list[Trial], score: float) -> str:
-    scheduler: Any = make_scheduler(_plan(), 9, over)
-    trial = _Started("new")
-    scheduler.on_trial_add(None, trial)
-    return scheduler.on_trial_result(None, trial, {"epoch": 1, "score": score})
+def test_rung_is_that_of_the_longest_trial() -> None:
+    dimensions = (Choice(field="stage1.epochs", values=(5, 30, 10)),)
+    assert (
+        SweepPlan(training=_plan().training, dimensions=dimensions, options=SweepOptions(trials=3), weights="").rung
+        == 6
+    )
 
 
-def test_trials_of_an_earlier_process_still_count_in_early_stopping() -> None:
-    over = [_trial(str(number), number / 10, 0.5, 0.5) for number in range(1, 7)]
-    assert _decision([], 0.2) == "CONTINUE"
-    assert _decision(over, 0.2) == "STOP"
-    assert _decision(over, 0.7) == "CONTINUE"
+def test_best_quarter_at_the_rung_goes_on_whatever_came_later_and_in_whatever_order() -> None:
+    plan = _plan(**{"stage1.epochs": 10})
+    trials = [_trial(f"{number:02}", 0.9, number / 100, state="waiting") for number in range(9)]
+    trials[8] = _trial("08", 0.9, 0.08, 0.001)
+    trials += [_trial("d", 0.99, state="diverged"), _trial("short", 0.07)]
+    assert going_on(plan, trials, 12) == {"08", "07", "short"}
+    assert going_on(plan, trials[::-1], 12) == {"08", "07", "short"}
+    assert going_on(plan, trials[:8], 12) == {"07", "06", "05"}, "three of twelve, of which four are missing"
+    more = dataclasses.replace(plan, options=dataclasses.replace(plan.options, finalists=4))
+    assert len(going_on(more, trials, 12)) == 4
 
 
 def test_optuna_goes_on_from_the_trials_that_are_over() -> None:

@@ -150,6 +150,44 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
     until(lambda: not placement_groups_left(), 60)
 
 
+def test_sweep_killed_at_its_rung_ends_as_an_undisturbed_one(local_site: Site, sweep: list[str]) -> None:
+    """Trials wait after one of four epochs, and two of the eight go on: whatever the order, and not trained twice."""
+    sweep = ["halving" if word == "none" else word for word in sweep]
+    sweep += ["--set", "training.seed=6"]  # no other test's trials
+    store = open_store(local_site.sweeps_uri, local_site.s3)
+    others = set(store.list())
+
+    def written(folder: str) -> dict[str, dict[str, Any]]:
+        paths = [path for path in store.list() if folder in path and path not in others]
+        return {path.rpartition("/")[2]: json.loads(store.read(path)) for path in paths}
+
+    command = [sys.executable, "-m", "ray_jobs.cli", *sweep]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        try:
+            until(lambda: len(written("/waiting/")) >= 3)
+        finally:
+            driver.kill()
+    waiting = written("/waiting/")
+    assert {len(trial["rows"]) for trial in waiting.values()} == {1}
+
+    document = _tavlad(*sweep)
+    assert (document["trials"], document["stopped"], document["epochs"]) == (8, 6, 6 * 1 + 2 * 4)
+    assert "2 of the 8 trials that were trained for 1 epochs go on" in document["said"]
+    first, killed = written("/waiting/"), written("/trials/")
+    assert {name: first[name] for name in waiting} == waiting, "nobody came to the rung twice"
+    assert {name: trial["rows"][:1] for name, trial in killed.items()} == {
+        name: trial["rows"] for name, trial in first.items()
+    }, "who goes on goes on from there"
+    scores = {name: trial["rows"][0]["held_out/score"] for name, trial in killed.items()}
+    best = sorted(scores, key=lambda name: -scores[name])[:2]
+    assert {name for name, trial in killed.items() if trial["state"] == "finished"} == set(best)
+
+    for path in set(store.list()) - others:
+        store.delete(path)
+    _tavlad(*sweep)
+    assert _results(written("/trials/")) == _results(killed)
+
+
 def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sweep: list[str]) -> None:
     """On a terminal, where a table shows the trials while they run."""
     sweep = [*sweep, "--set", "training.seed=5"]  # no other test's trials

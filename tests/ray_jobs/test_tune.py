@@ -1,0 +1,161 @@
+"""Which trials of a sweep are trained how far: by the sweep's own rules, with trainings that are only told of."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.site import Site
+from ray_jobs import tune
+from ray_jobs.console import Console
+from ray_jobs.plan import TrainingPlan
+from ray_jobs.recipe import load_recipe
+from ray_jobs.space import Changes, Choice
+from ray_jobs.sweep import SCORE, SweepOptions, SweepPlan, SweepStore, Trial
+from ray_jobs.sweep_progress import Progress
+from ray_jobs.sweep_search import known_configurations
+from ray_jobs.trial import TrialJob
+
+EPOCHS, RUNG = 10, 2
+WIDTHS = tuple(range(1, 13))
+"""The wider the GRU, the better is the trial."""
+
+
+class _Records:
+    """A sweep's runs in MLflow, which nobody looks at."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class _Killed(BaseException):
+    """What happens to a sweep."""
+
+
+class _Sweep:
+    """A sweep of twelve trials; its trainings are rows told to its progress, in an order drawn anew each time."""
+
+    def __init__(self, site: Site, monkeypatch: pytest.MonkeyPatch, search: Any = "grid") -> None:
+        recipe = load_recipe("demo", [f"stage1.epochs={EPOCHS}"], "set")
+        names = {"dataset_uri": "set", "dataset_name": "set", "dataset_fingerprint": "f", "name": "t", "uri": "run"}
+        self.plan = SweepPlan(
+            training=TrainingPlan(site_name="local", recipe=recipe, split=1, **names),
+            dimensions=(Choice(field="model.gru_width", values=WIDTHS),),
+            options=SweepOptions(search=search, trials=None if search == "grid" else len(WIDTHS)),
+            weights="",
+        )
+        self.store = SweepStore(site, self.plan.name)
+        self.trained: list[tuple[int, int]] = []
+        """Width and epoch of every row, in their order."""
+        self.failing: set[int] = set()
+        self.epochs_left = 9999
+        """Before all is killed."""
+        self._site = site
+        monkeypatch.setattr(tune, "_prepare", lambda *_: None)
+        monkeypatch.setattr(tune, "_run", self._run)
+
+    def go(self) -> dict[int, Trial]:
+        known = known_configurations(self.plan)
+        job: Any = TrialJob(sweep=self.plan, use_features=True)
+        nothing: Any = None
+        records: Any = _Records()
+        search = tune._search  # pyright: ignore[reportPrivateUsage]
+        trials = search(self._site, job, nothing, known, self.store, records, Console())
+        return {trial.changes["model.gru_width"]: trial for trial in trials}
+
+    def _run(
+        self,
+        site: Site,
+        job: TrialJob,
+        progress: Progress,
+        console: Console,
+        search: Any,
+        num_samples: int = 1,
+        rung: int | None = None,
+    ) -> None:
+        if not isinstance(search, list):
+            search = [{"model.gru_width": width} for width in WIDTHS[-num_samples:]]
+        for changes in random.sample(search, len(search)):
+            self._train(progress, changes, rung or EPOCHS)
+
+    def _train(self, progress: Progress, changes: Changes, until: int) -> None:
+        width = changes["model.gru_width"]
+        progress.begin(changes)
+        for epoch in range(1, until + 1):
+            if not self.epochs_left:
+                raise _Killed
+            if width in self.failing:
+                progress.fail(changes, "lost")
+                return
+            self.epochs_left -= 1
+            self.trained.append((width, epoch))
+            score = width / 100 if epoch <= RUNG else 1 - width / 100
+            progress.add(changes, {"epoch": epoch, SCORE: score, "held_out/top1": score})
+        progress.end(changes)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Any:
+    """All of a site that a sweep's memory asks for."""
+    return SimpleNamespace(sweeps_uri=str(tmp_path), s3=None)
+
+
+def _epochs(trials: dict[int, Trial]) -> dict[int, tuple[str, int]]:
+    return {width: (trial.state, trial.epochs) for width, trial in sorted(trials.items())}
+
+
+HALVED = {width: ("finished", EPOCHS) if width > 9 else ("stopped", RUNG) for width in WIDTHS}
+
+
+def test_best_quarter_at_the_rung_is_trained_to_its_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    assert _epochs(sweep.go()) == HALVED
+    assert sum(epochs for _, epochs in HALVED.values()) <= 0.45 * EPOCHS * len(WIDTHS)
+    order = [epoch for _, epoch in sweep.trained]
+    assert max(order[: RUNG * len(WIDTHS)]) == RUNG, "nobody goes on before all are there"
+
+
+@pytest.mark.parametrize("killed_after", [5, 23, 24, 31, 52])
+def test_interrupted_sweep_decides_as_an_undisturbed_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.epochs_left = killed_after
+    with pytest.raises(_Killed):
+        sweep.go()
+    at_rung = len(sweep.store.waiting())
+    assert at_rung == min(killed_after // RUNG, len(WIDTHS))
+    sweep.epochs_left, sweep.trained = 9999, []
+    assert _epochs(sweep.go()) == HALVED
+    again = {width for width, _ in sweep.trained}
+    assert len(again) <= 12 - at_rung + 3, "who waited already is not trained to the rung again"
+
+
+def test_trial_that_fails_keeps_nobody_waiting_and_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.failing = {2, 12}
+    first = sweep.go()
+    assert set(first) == set(WIDTHS) - {2, 12}
+    assert [width for width, trial in first.items() if trial.state == "finished"] == [9, 10, 11]
+    sweep.failing = set()
+    second = _epochs(sweep.go())
+    assert second == HALVED | {9: ("finished", EPOCHS)}
+
+
+def test_trial_that_fails_after_the_rung_leaves_the_decision(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.epochs_left = RUNG * len(WIDTHS)
+    with pytest.raises(_Killed):
+        sweep.go()
+    sweep.epochs_left, sweep.failing = 9999, {11}
+    assert set(sweep.go()) == set(WIDTHS) - {11}
+    sweep.failing = set()
+    assert _epochs(sweep.go()) == HALVED
+
+
+def test_search_that_proposes_goes_to_the_rung_first(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    assert _epochs(_Sweep(site, monkeypatch, "optuna").go()) == HALVED
