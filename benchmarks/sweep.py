@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224)
     parser.add_argument("--frames", type=int, default=25)
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the recipe")
-    parser.add_argument("--without-frames", action="store_true", help="only what ASHA spends and chooses")
+    parser.add_argument("--without-frames", action="store_true", help="only what halving spends and chooses")
     parser.add_argument("--home", type=Path, help="folder of the seeds' sites, which may be up already")
     parser.add_argument("--out", type=Path, help="file for all that was found, a JSON line a seed")
     options = parser.parse_args()
