@@ -31,6 +31,7 @@ from tavlad.model import FrameMaps, TaVlad
 from tavlad.optim import build_optimizer, choose_trained
 from tavlad.parallel import autocast
 from tavlad.train import Listeners, StagePlan, fit
+from tavlad.winograd import Convolution
 
 NUM_FRAMES, NUM_ACTIONS = 25, 51
 Run = Callable[[], object]
@@ -80,6 +81,9 @@ def naive(num_clips: int, crop: int) -> Run:
     choose_trained(model, STAGE2)
     optimizer = build_optimizer(model, STAGE2, TrainingConfig())
     model.trunk.requires_grad_(True)
+    for module in model.trunk.modules():
+        if isinstance(module, Convolution):
+            module.plain = True
     head = TextbookHead(model)
 
     def run() -> None:

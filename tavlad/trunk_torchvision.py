@@ -25,6 +25,7 @@ from torchvision.models.squeezenet import Fire
 
 from tavlad.fused_resnet import first_convolution, fused_block, fused_block_without_last_relu
 from tavlad.trunk import IMAGENET_MEAN, IMAGENET_STD, PlaceScorer, TrunkMaps, TrunkNetwork, convolutions
+from tavlad.winograd import quicken
 
 
 class ResNetTrunk(TrunkNetwork):
@@ -42,6 +43,7 @@ class ResNetTrunk(TrunkNetwork):
         self.fc = network.fc
         self.feature_size = network.fc.in_features
         self._is_fused = False
+        quicken(self)
 
     @property
     def classifier(self) -> nn.Linear:
