@@ -189,7 +189,8 @@ def _by_ray(job: Job) -> None:
     from ray_jobs.notice import ListenForSigterm, Notice
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # as infra/site.py has it
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"working_dir": None})
+    environment = {"MALLOC_ARENA_MAX": "1"}  # as infra/site.py has it for workers
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     monitor = Monitor.start()
 
     def work() -> None:

@@ -151,10 +151,11 @@ def test_a_worker_finds_the_local_site_by_its_folder_alone(tmp_path: Path, monke
 
 
 def test_threads_of_workers_sleep_where_they_wait_unless_told(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert load_site(str(lab)).worker_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert load_site(str(lab)).worker_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+    for name, value, other in (("OMP_WAIT_POLICY", "PASSIVE", "ACTIVE"), ("MALLOC_ARENA_MAX", "1", "2")):
+        monkeypatch.delenv(name, raising=False)
+        assert load_site(str(lab)).worker_environment()[name] == value
+        monkeypatch.setenv(name, other)
+        assert load_site(str(lab)).worker_environment()[name] == other
 
 
 def test_a_worker_needs_no_site_file(lab: Path) -> None:

@@ -150,6 +150,7 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
     until(lambda: not placement_groups_left(), 60)
 
 
+@pytest.mark.timeout(1200)  # two sweeps and a third of one
 def test_sweep_killed_at_its_rung_ends_as_an_undisturbed_one(local_site: Site, sweep: list[str]) -> None:
     """Trials wait after one of four epochs, and two of the eight go on: whatever the order, and not trained twice."""
     sweep = ["halving" if word == "none" else word for word in sweep]
