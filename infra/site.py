@@ -30,8 +30,8 @@ _KEYS = {  # key of a site file -> variable that overrides it
 _OPTIONAL = {"s3_endpoint": "", "s3_region": "us-east-1", "s3_keys": ENVIRONMENT}
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, in the entrypoint of a submitted job
 _THREADS = {
-    # All threads of a worker take memory from one heap. Ray trains in a thread, whose heap of its own would give large pieces
-    # back to the kernel at once: 30,000 page faults a step (docs/LOG.md, 2026-11-26). glibc reads it at a process's start.
+    # All threads of a worker take memory from one heap. Ray trains in a thread, whose own heap would give large pieces
+    # back to the kernel at once: 30,000 page faults a step (docs/LOG.md, 2026-11-26). glibc reads it as it starts.
     "MALLOC_ARENA_MAX": "1",
     # torch's threads sleep where they wait for each other. Spinning, they take the processor from whom they wait for:
     # beside other work a forward pass took nine times as long (docs/LOG.md, 2026-11-25).
