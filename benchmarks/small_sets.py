@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,14 @@ def main() -> None:
                 changes = [*options.set, f"training.seed={seed}"]
                 recipe = load_recipe(recipe_name, changes, name)
                 packed = _pack(options.data, name, recipe, options.work)
-                by_recipe[recipe_name] = [_scores(recipe, packed, fold, options.work) for fold in packed.folds]
+                by_recipe[recipe_name] = []
+                for number, fold in enumerate(packed.folds, 1):
+                    by_recipe[recipe_name].append(_scores(recipe, packed, fold, options.work))
+                    so_far = f"{_joined(by_recipe[recipe_name]):.1f} % so far"
+                    print(
+                        f"{name}, {recipe_name}, seed {seed}: fold {number}/{len(packed.folds)}, {so_far}",
+                        file=sys.stderr,
+                    )
             if len(by_recipe) > 1:
                 by_recipe["fused"] = [fuse(scores) for scores in zip(*by_recipe.values(), strict=True)]
             for recipe_name, folds in by_recipe.items():
