@@ -148,8 +148,9 @@ def _scores(recipe: Recipe, packed: _Packed, held_out: set[str], work: Path) -> 
     model, weights = _model(recipe, len(seen.actions))
     features = _features(recipe, packed.index, model, weights, work)
     extract = Extractor(model, _CPU, training.precision, features.kind)
-    maps = _sampled_maps(recipe, seen, packed.store, features, extract)
-    model.initialise(learn_words(descriptors_of(maps), recipe.model, training.seed))
+    if recipe.model.has_vlad:
+        maps = _sampled_maps(recipe, seen, packed.store, features, extract)
+        model.initialise(learn_words(descriptors_of(maps), recipe.model, training.seed))
     loaders = [
         ClipLoader(seen, packed.store, 1, part, trial_loading(recipe, training=part == "train"))
         for part in ("train", "test")

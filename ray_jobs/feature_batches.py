@@ -150,7 +150,7 @@ class PooledBatches:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[PooledBatch]:
         """The batches of an epoch from a step on."""
-        loader, config = self._batches.loader, self._model.config
+        loader = self._batches.loader
         for step, items, entries in self._batches.steps(epoch, start_step, self._kept):
             # One by one: what a clip comes to must not depend on the clips beside it.
             fresh = {item: self._pool(entry) for item, entry in entries.items()}
@@ -159,7 +159,7 @@ class PooledBatches:
                 if (len(self._kept) + 1) * clip_KD.nbytes <= self._max_bytes:
                     self._kept[item] = clip_KD
             rows_B = np.array([item.row for item in items], dtype=np.int64)
-            blank = torch.empty(0, config.num_clusters, self._model.descriptor_size)
+            blank = torch.empty(0, *self._model.pooled_shape)
             yield PooledBatch(
                 pooled_BKD=torch.stack(pooled) if pooled else blank,
                 labels_B=torch.from_numpy(loader.clips.labels_N[rows_B]),

@@ -50,12 +50,13 @@ class ModelConfig:
     over each frame's places; M scaled to 0..1 in each frame; or the softmax over places, its largest scaled to 1."""
     attention_temperature: float = 1.0
     """What M is divided by before the sigmoid or the softmax: above 1 is flatter. Must be 1 for "minmax"."""
-    temporal: Literal["sum", "gru", "consensus", "single-frame", "lstm-attention", "conv3d", "tdd"] = "gru"
+    temporal: Literal["sum", "gru", "change", "consensus", "single-frame", "lstm-attention", "conv3d", "tdd"] = "gru"
     """How the frames become one: the sum of their VLADs (ActionVLAD), or K GRUs with shared weights over them. Without
-    VLAD: the average of the frames' own logits (TSN); training on single frames, whose probabilities are averaged in
-    testing (two-stream); an LSTM with soft attention over places; a trunk that convolves over time (I3D), the average
-    of its moments' logits. "tdd" is no network: the trunk's map along trajectories, Fisher vectors of `num_clusters`
-    Gaussians of `descriptor_pca` numbers, and an SVM."""
+    VLAD: how much each of the trunk's features changes over time (for small sets); the average of the frames' own
+    logits (TSN); training on single frames, whose probabilities are averaged in testing (two-stream); an LSTM with soft
+    attention over places; a trunk that convolves over time (I3D), the average of its moments' logits. "tdd" is no
+    network: the trunk's map along trajectories, Fisher vectors of `num_clusters` Gaussians of `descriptor_pca` numbers,
+    and an SVM."""
     temporal_readout: Literal["last", "mean"] = "last"
     """What is taken of the GRU's states: the last, as the paper, or their mean over time."""
     descriptor: Literal["pre_relu", "post_relu"] = "pre_relu"
@@ -83,6 +84,10 @@ class ModelConfig:
         _require(
             self.has_vlad or self.attention == "none",
             f'model.temporal = "{self.temporal}" has no VLAD to weigh: set model.attention = "none"',
+        )
+        _require(
+            self.temporal != "change" or self.dropout_place != "frame",
+            'model.dropout_place = "frame" drops VLADs, and model.temporal = "change" has none: set "video"',
         )
         _require(self.descriptor_pca >= 0, f"model.descriptor_pca = {self.descriptor_pca}: must not be negative")
         _require(0 < self.power <= 1, f"model.power = {self.power}: must be above 0 and at most 1")
@@ -127,8 +132,8 @@ class ModelConfig:
 
     @property
     def can_pool(self) -> bool:
-        """Whether a clip's VLADs become one without anything that learns or is drawn: see `TaVlad.pool`."""
-        return self.temporal == "sum" and self.dropout_place != "frame"
+        """Whether a clip's frames become one without anything that learns or is drawn: see `TaVlad.pool`."""
+        return self.temporal == "change" or (self.temporal == "sum" and self.dropout_place != "frame")
 
     @property
     def variant(self) -> str:

@@ -19,7 +19,7 @@ from tavlad.config import ModelConfig
 from tavlad.draws import ClipDropout, RandomFrame
 from tavlad.frame_heads import SoftAttentionLstm, mean_of_probabilities
 from tavlad.frozen import FrozenTrunk, normalise, precision_of
-from tavlad.temporal import gru_over_time, sum_over_time
+from tavlad.temporal import change_over_time, gru_over_time, sum_over_time
 from tavlad.vlad import DescriptorPca, VisualWords, Vlad
 
 _EPS = 1e-8  # under the power, whose slope at 0 is infinite
@@ -66,6 +66,8 @@ class TaVlad(nn.Module):
             if config.temporal == "gru":
                 self.gru = nn.GRU(size, config.gru_width, batch_first=True)
             width = config.num_clusters * (size if self.gru is None else config.gru_width)
+        elif config.temporal == "change":
+            width = 2 * size
         self.dropout = ClipDropout(config.dropout, rows=config.dropout_place == "cluster")
         self.random_frame = RandomFrame()
         self.classifier = nn.Linear(width, num_actions)
@@ -177,6 +179,11 @@ class TaVlad(nn.Module):
         return self.trunk.feature_size if self.pca is None else len(self.pca.components)
 
     @property
+    def pooled_shape(self) -> tuple[int, int]:
+        """K and D of what `pool` makes of a clip."""
+        return (self.config.num_clusters if self.vlad is not None else 2), self.descriptor_size
+
+    @property
     def described_map(self) -> Literal["pre_relu", "post_relu"]:
         """Side of the last ReLU that the head reads: for models without VLAD, always the map after it."""
         return self.config.descriptor if self.config.has_vlad else "post_relu"
@@ -198,20 +205,23 @@ class TaVlad(nn.Module):
 
     def classify(self, maps: FrameMaps) -> Float[Tensor, "B A"]:
         """Logits from the trunk's maps (steps 4-7)."""
-        if self.vlad is None:
+        if self.vlad is None and self.config.temporal != "change":
             return self._score_frames(maps.descriptors_BTND)
         return self._score_clips(self._pool(maps))
 
     @torch.no_grad()
     def pool(self, features: Features) -> Float[Tensor, "B K D"]:
-        """A clip's VLAD summed over time and intra-normalised, of a model whose `config.can_pool`. While the words do
-        not learn it is the same whenever the clip is seen in the same view."""
+        """A clip's VLAD summed over time, or the kinds of change (`change_over_time`), each row of unit length; of a
+        model whose `config.can_pool`. While the words do not learn it is the same whenever the clip is seen in the same
+        view."""
         assert self.config.can_pool, "a GRU or a dropout of frames makes something else of a clip each time"
         return self._pool(self.describe(features))
 
     def _pool(self, maps: FrameMaps) -> Tensor:
-        """One intra-normalised VLAD or state a cluster, from the trunk's maps (steps 4-6)."""
-        assert self.vlad is not None
+        """One intra-normalised VLAD or state a cluster, from the trunk's maps (steps 4-6); or the kinds of change."""
+        if self.vlad is None:
+            change_B2D = change_over_time(maps.descriptors_BTND.mean(dim=2))
+            return normalize(change_B2D, dim=-1, eps=1e-12)
         x_BTND = maps.descriptors_BTND if self.pca is None else self.pca(maps.descriptors_BTND)
         vlad_BTKD = self.vlad(x_BTND, maps.attention_BTN, self._gru_dtype())
         if self.config.dropout_place == "frame":

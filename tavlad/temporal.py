@@ -1,4 +1,5 @@
-"""From one VLAD a frame to one a clip: the sum over time, or what K GRUs with shared weights make of it."""
+"""From one VLAD a frame to one a clip: the sum over time, or what K GRUs with shared weights make of it. And, without
+VLAD, how much frames change."""
 
 from typing import Literal
 
@@ -8,10 +9,23 @@ from torch import Tensor, nn
 
 from tavlad.gru import gru_states
 
+_LEAST_VARIANCE = 1e-12
+
 
 def sum_over_time(vlad_BTKD: Float[Tensor, "B T K D"]) -> Float[Tensor, "B K D"]:
     """ActionVLAD's aggregation (Eq. 2): blind to the order of the frames."""
     return vlad_BTKD.sum(dim=1)
+
+
+def change_over_time(features_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B 2 D"]:
+    """How much each feature changes in a clip: its standard deviation over the frames, and the mean size of its step
+    from one frame to the next. Blind to its level, and to the direction of time. ValueError for clips of one frame."""
+    if features_BTD.shape[1] < 2:
+        raise ValueError('model.temporal = "change" compares frames: pack clips of at least two (--num-frames)')
+    # The root has no slope at 0, where features that never fire are.
+    deviation_BD = (features_BTD.var(dim=1, correction=0) + _LEAST_VARIANCE).sqrt()
+    step_BD = features_BTD.diff(dim=1).abs().mean(dim=1)
+    return torch.stack([deviation_BD, step_BD], dim=1)
 
 
 def gru_over_time(

@@ -33,7 +33,8 @@ def _model(**changes: object) -> TaVlad:
     torch.manual_seed(0)
     config = replace(MODEL, **changes)  # type: ignore[arg-type]
     model = TaVlad(config, 3)
-    model.vlad.initialise(torch.nn.functional.normalize(torch.rand_like(model.vlad.centres), dim=1), config.alpha)
+    if model.vlad is not None:
+        model.vlad.initialise(torch.nn.functional.normalize(torch.rand_like(model.vlad.centres), dim=1), config.alpha)
     return model
 
 
@@ -149,15 +150,24 @@ def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> N
     assert sum(rank.num_computed for rank in ranks) == 12
 
 
-@pytest.mark.parametrize(("attention", "pca", "precision"), [("cam", 0, "bf16"), ("none", 3, "float32")])
+@pytest.mark.parametrize(
+    ("temporal", "attention", "pca", "precision"),
+    [("sum", "cam", 0, "bf16"), ("sum", "none", 3, "float32"), ("change", "none", 0, "float32")],
+)
 def test_losses_from_pooled_clips_are_those_from_features(
-    packed: PackedSet, tmp_path: Any, attention: str, pca: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    packed: PackedSet,
+    tmp_path: Any,
+    temporal: str,
+    attention: str,
+    pca: int,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reports: list[list[EpochReport]] = []
     pooled = Counter[str]()
     plain_pool = TaVlad.pool
     for wrap in (lambda batches, _: batches, lambda batches, model: pooled_if_possible(batches, model, STAGE)):
-        model = _model(temporal="sum", attention=attention, descriptor_pca=pca)
+        model = _model(temporal=temporal, attention=attention, descriptor_pca=pca)
         if model.pca is not None:
             torch.nn.init.orthogonal_(model.pca.components)
         features = _features(tmp_path, precision, "float16")

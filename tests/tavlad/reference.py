@@ -66,6 +66,20 @@ def consensus_logits(head: Head) -> Array:
     return scores
 
 
+def change_logits(head: Head, power: float = 1.0) -> Array:
+    """Scores of how much each average-pooled feature changes over the frames: its deviation, and its mean step."""
+    scores = []
+    for post_TDN in head.post_BTDN:
+        pooled_TD = np.array([[np.sum(row) / len(row) for row in post_DN] for post_DN in post_TDN])
+        num_frames = len(pooled_TD)
+        mean_D = sum(pooled_TD) / num_frames
+        deviation_D = np.sqrt(sum((pooled_D - mean_D) ** 2 for pooled_D in pooled_TD) / num_frames)
+        step_D = sum(abs(pooled_TD[t] - pooled_TD[t - 1]) for t in range(1, num_frames)) / (num_frames - 1)
+        video = video_descriptor(np.array([deviation_D, step_D]), power)
+        scores.append(head.classifier_weight @ video + head.classifier_bias_A)
+    return np.array(scores)
+
+
 def logits(
     head: Head,
     attention: Literal["none", "cam", "frozen-cam"],

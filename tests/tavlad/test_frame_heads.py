@@ -84,7 +84,7 @@ def test_training_on_single_frames_sees_one_random_frame_and_testing_sees_all() 
         torch.testing.assert_close(one, model.eval()(RandomFrame()(clips)))
 
 
-@pytest.mark.parametrize("temporal", ["consensus", "single-frame", "lstm-attention"])
+@pytest.mark.parametrize("temporal", ["change", "consensus", "single-frame", "lstm-attention"])
 def test_systems_without_vlad_train_their_head_in_stage_1(temporal: str) -> None:
     model = build_model(dataclasses.replace(CONFIG, attention="none", temporal=temporal))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

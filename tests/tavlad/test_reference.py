@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tavlad.model
 from tavlad.attention import attention_weights, class_activation
 from tavlad.backbone import TrunkMaps, TrunkNetwork
-from tavlad.clip import mirror
+from tavlad.clip import Features, mirror
 from tavlad.config import Modality, ModelConfig
 from tavlad.model import TaVlad
 from tavlad.temporal import gru_over_time
@@ -29,7 +29,7 @@ REDUCED = 4
 """Size of descriptors behind the PCA."""
 
 Attention = Literal["none", "cam", "frozen-cam"]
-Temporal = Literal["sum", "gru", "consensus"]
+Temporal = Literal["sum", "gru", "change", "consensus"]
 Descriptor = Literal["pre_relu", "post_relu"]
 EVERY_VARIANT = list(itertools.product(("none", "cam", "frozen-cam"), ("sum", "gru"), ("pre_relu", "post_relu")))
 
@@ -103,7 +103,7 @@ def _random_head(temporal: str, alpha: float, seed: int = 0, size: int = SIZE) -
         assign_weight_KD=assign_weight_KD,
         assign_bias_K=assign_bias_K,
         centres_KD=centres_KD,
-        classifier_weight=draw(ACTIONS, SIZE if temporal == "consensus" else width),
+        classifier_weight=draw(ACTIONS, {"consensus": SIZE, "change": 2 * SIZE}.get(temporal, width)),
         classifier_bias_A=draw(ACTIONS),
         gru_weight_ih=draw(3 * GRU_WIDTH, size),
         gru_weight_hh=draw(3 * GRU_WIDTH, GRU_WIDTH),
@@ -375,6 +375,36 @@ def test_consensus_is_the_average_of_the_frames_own_scores(build: Callable[..., 
     assert (model.vlad, model.gru, model.pca) == (None, None, None)
 
 
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_change_is_the_deviation_and_the_mean_step_of_pooled_features(
+    build: Callable[..., TaVlad], power: float
+) -> None:
+    """Scores, and the slopes by which the trunk's last block would learn."""
+    model, head = build("none", "change", "pre_relu", power=power), _random_head("change", alpha=5.0)
+    _fill(model, head)
+    weights_BA = np.random.default_rng(2).standard_normal((CLIPS, ACTIONS))
+    logits_BA = model(_frames())
+    np.testing.assert_allclose(logits_BA.detach().numpy(), reference.change_logits(head, power), rtol=1e-6)
+    (logits_BA * torch.from_numpy(weights_BA)).sum().backward()
+    for tensor in ("post_BTDN", "classifier_weight"):
+        gradient = _parameters(model)[tensor].grad
+        assert gradient is not None
+        direction = np.random.default_rng(3).standard_normal(getattr(head, tensor).shape)
+        slope = reference.slope(
+            head, tensor, direction, lambda moved: float((reference.change_logits(moved, power) * weights_BA).sum())
+        )
+        found = (gradient.numpy().reshape(direction.shape) * direction).sum()
+        np.testing.assert_allclose(found, slope, rtol=1e-5, atol=1e-6, err_msg=tensor)
+
+
+def test_change_needs_two_frames(build: Callable[..., TaVlad]) -> None:
+    model = build("none", "change", "pre_relu")
+    with pytest.raises(ValueError, match=r'"change" compares frames: pack clips of at least two'):
+        model.pool(Features(torch.zeros(1, 1, SIZE, HEIGHT, WIDTH, dtype=torch.float64), None))
+    with pytest.raises(ValueError, match=r'model\.temporal = "change" has none: set "video"'):
+        build("none", "change", "pre_relu", dropout_place="frame")
+
+
 @pytest.mark.parametrize("place", ["video", "cluster", "frame"])
 def test_dropout_sits_where_it_is_put(build: Callable[..., TaVlad], place: str) -> None:
     """Half of what is named is dropped, the rest doubled, in training alone."""
@@ -462,10 +492,10 @@ def test_autocast_leaves_vlad_within_a_thousandth_of_float64_given_the_same_map(
     assert (naive - layer.assign(x_BTND)).abs().max() > 0.1, "which autocast would not, were it not switched off"
 
 
-@pytest.mark.parametrize("temporal", ["sum", "gru", "consensus"])
+@pytest.mark.parametrize("temporal", ["sum", "gru", "change", "consensus"])
 def test_logits_do_not_depend_on_the_batch(temporal: Temporal) -> None:
     """Batch 1 against batch 32, float32, at the paper's sharpness; on a trunk with random weights."""
-    attention: Attention = "none" if temporal == "consensus" else "cam"
+    attention: Attention = "none" if temporal in ("change", "consensus") else "cam"
     config = dataclasses.replace(tiny.CONFIG, temporal=temporal, attention=attention, num_clusters=8, alpha=1000.0)
     model = tiny.build_model(config).eval()
     frames = torch.randint(0, 256, (32, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
