@@ -1,7 +1,7 @@
 """The accuracy of recipes on two small sets of real clips, by our own packing, features, training and evaluation.
 
-python benchmarks/small_sets.py DATA [--sets weizmann ut_interaction] [--recipes small small-flow] [--seeds 0 1 2]
-                                     [--work FOLDER]
+python -m benchmarks.small_sets DATA [--sets weizmann ut_interaction] [--recipes small small-flow] [--seeds 0 1 2]
+                                        [--work FOLDER]
 
 DATA holds the folders `weizmann` (90 clips; its three splits, three actors held out in each) and `ut_interaction` (set
 1, 60 clips; each of ten sequences held out in turn), each with `videos/ACTION/...` and a table `clips.csv`. Recipes are
