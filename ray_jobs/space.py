@@ -77,7 +77,7 @@ DEFAULT_SPACE: dict[str, Any] = {
     "stage1": {"lr": {"low": 1e-4, "high": 3e-2, "scale": "log", "points": 3}},
     "model": {"num_clusters": [16, 32, 64, 128], "gru_width": [128, 256, 512]},
 }
-"""Learning rate, K and U."""
+"""Learning rate, K and U; without those that the recipe's model does not have."""
 
 
 def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
@@ -86,7 +86,8 @@ def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
     Raises ValueError naming the file and the field for whatever cannot be trained.
     """
     if path is None:
-        return parse_space(DEFAULT_SPACE, recipe)
+        searched = {name: value for name, value in DEFAULT_SPACE["model"].items() if name not in recipe.model.unused}
+        return parse_space(DEFAULT_SPACE | {"model": searched}, recipe)
     if not path.is_file():
         raise ValueError(f"the space {path} does not exist: give a TOML file, or leave --space out")
     try:
@@ -101,7 +102,14 @@ def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
 
 def parse_space(values: Mapping[str, Any], recipe: Recipe) -> tuple[Dimension, ...]:
     """The dimensions that nested tables describe."""
-    dimensions = tuple(_dimension(name, value, recipe) for name, value in _leaves(values, ""))
+    leaves = _leaves(values, "")
+    dimensions = tuple(_dimension(name, value, recipe) for name, value in leaves)
+    if not any(name == "model.temporal" for name, _ in leaves):
+        for name in (f"model.{field}" for field in recipe.model.unused):
+            if any(name == each.field for each in dimensions):
+                raise ValueError(
+                    f'{name} cannot be a dimension: it changes nothing with model.temporal = "{recipe.model.temporal}"'
+                )
     if not dimensions:
         raise ValueError("the space has no dimension: give a field values, such as stage1.lr = [0.001, 0.01]")
     for dimension in dimensions:

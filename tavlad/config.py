@@ -131,6 +131,16 @@ class ModelConfig:
         return self.temporal in ("sum", "gru")
 
     @property
+    def unused(self) -> frozenset[str]:
+        """Fields that change nothing here."""
+        fields: set[str] = set()
+        if not self.has_vlad and self.temporal != "tdd":
+            fields |= {"descriptor", "num_clusters", "descriptor_pca", "alpha"}
+        if self.temporal not in ("gru", "lstm-attention"):
+            fields.add("gru_width")
+        return frozenset(fields)
+
+    @property
     def can_pool(self) -> bool:
         """Whether a clip's frames become one without anything that learns or is drawn: see `TaVlad.pool`."""
         return self.temporal == "change" or (self.temporal == "sum" and self.dropout_place != "frame")

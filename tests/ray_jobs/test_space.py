@@ -56,6 +56,16 @@ def test_codebook_with_more_words_than_descriptors_is_refused() -> None:
     require_descriptors(model, config, num_clips=6, num_frames=8, num_places=4)
 
 
+def test_what_the_model_does_not_have_is_not_searched() -> None:
+    for recipe, fields in (("actionvlad", {"stage1.lr", "model.num_clusters"}), ("small", {"stage1.lr"})):
+        loaded = load_recipe(recipe, dataset="set")
+        assert {each.field for each in load_space(None, loaded)} == fields
+        with pytest.raises(ValueError, match=r'model\.gru_width cannot be a dimension: .* model\.temporal = "'):
+            parse_space({"model": {"gru_width": [8, 16]}}, loaded)
+    both = {"model": {"gru_width": [8, 16], "temporal": ["gru", "sum"]}}
+    assert len(parse_space(both, load_recipe("actionvlad", dataset="set"))) == 2
+
+
 def test_default_space_is_that_of_the_help() -> None:
     space = load_space(None, RECIPE)
     assert space[0] == Range(field="stage1.lr", low=1e-4, high=3e-2, scale="log", points=3)

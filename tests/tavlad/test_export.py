@@ -1,5 +1,6 @@
 """An exported program says what the model says, for any number of clips, on real ones too."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from tavlad import export as export_module
-from tavlad.checkpoint import load_model
+from tavlad.checkpoint import load_model, save_checkpoint
 from tavlad.export import export
+from tests.tavlad import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +60,13 @@ def test_a_program_says_what_the_model_says_on_real_clips(
         assert card["actions"] == ["clap", "jump", "wave"]
     assert expected.std(axis=0).max() > 1e-3
     assert [path.name for path in tmp_path.iterdir()] == [f"model.{kind}"]
+
+
+def test_change_over_time_is_exported(tmp_path: Path) -> None:
+    model = tiny.build_model(dataclasses.replace(tiny.CONFIG, temporal="change", attention="none"))
+    save_checkpoint(tmp_path / "model", model, dataclasses.replace(tiny.CARD, model=model.config))
+    clips = torch.randint(0, 256, (3, 3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert export(tmp_path / "model", "pt2", tmp_path / "model.pt2", clips).difference < 1e-5
 
 
 def test_a_program_that_says_something_else_is_not_kept(
