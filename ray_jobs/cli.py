@@ -343,7 +343,7 @@ def tune(
 
     Trials train stage 1 on shared features and are compared on clips held out of the training part, never on the test
     part. Started again it goes on; trials that are over are not repeated. Without `--space`: stage1.lr from 1e-4 to
-    3e-2, model.num_clusters of 16, 32, 64, 128 and model.gru_width of 128, 256, 512.
+    3e-2, model.num_clusters of 16, 32, 64, 128 and model.gru_width of 128, 256, 512, where the model has them.
 
     Examples:
 
