@@ -297,8 +297,10 @@ class Workload:
     epochs: int
     evaluations: int
     num_views: int
-    num_present: int
-    """Clip views that are stored already."""
+    train_present: int
+    """Views of the training clips that are stored already, of `num_views` each."""
+    test_present: int
+    """Test clips whose centre view is."""
 
     @property
     def from_frames(self) -> int:
@@ -307,10 +309,12 @@ class Workload:
 
     @property
     def from_features(self) -> int:
-        """Clips that go through it, in expectation, if everything is: the distinct views that `epochs` draws show."""
-        distinct = self.num_views * (1 - (1 - 1 / self.num_views) ** self.epochs)
-        test = self.test_clips if self.evaluations else 0
-        return max(0, round(self.train_clips * distinct) + test - self.num_present)
+        """Clips that go through it, in expectation, if everything is: of the distinct views that `epochs` draws show,
+        those that are not there."""
+        distinct = 1 - (1 - 1 / self.num_views) ** self.epochs
+        missing = self.train_clips * self.num_views - self.train_present
+        test = self.test_clips - self.test_present if self.evaluations else 0
+        return round(missing * distinct) + test
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -369,7 +373,8 @@ def decide_once(
         epochs=stage.epochs * stage.passes(train.num_steps),
         evaluations=-(-stage.epochs // recipe.training.evaluate_every),
         num_views=num_views,
-        num_present=count_present(features, [train, test], plan.split, num_views),
+        train_present=count_present(features, train, plan.split, num_views),
+        test_present=count_present(features, test, plan.split, num_views),
     )
     rates = measure_rates(extract, train, features)
     decision = decide(stage.features, load, rates, features.entry_bytes, recipe.features.budget_gigabytes)
@@ -390,15 +395,10 @@ def measure_rates(extract: Extractor, loader: ClipLoader, features: FeatureSet) 
     return Rates(compute=extract.seconds_per_clip(frames), write=written - started, read=read - written)
 
 
-def count_present(features: FeatureSet, loaders: list[ClipLoader], split: int, num_views: int) -> int:
-    """Stored views of the loaders' clips, of those that they show."""
-    found = features.found(split, num_views)
-    count = 0
-    for loader in loaders:
-        present = FeatureTable(loader.clips, found).present >= 0
-        shown = present[:, :num_views] if loader.options.augment else present[:, CENTRE_SLOT]
-        count += int(shown.sum())
-    return count
+def count_present(features: FeatureSet, loader: ClipLoader, split: int, num_views: int) -> int:
+    """Stored views of a loader's clips, of those that it shows."""
+    present = FeatureTable(loader.clips, features.found(split, num_views)).present >= 0
+    return int((present[:, :num_views] if loader.options.augment else present[:, CENTRE_SLOT]).sum())
 
 
 def _check_budget(

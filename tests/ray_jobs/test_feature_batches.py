@@ -233,7 +233,7 @@ def test_values_beyond_float16_are_told_not_stored(packed: PackedSet, tmp_path: 
         list(batches.epoch(0))
 
 
-LOAD = Workload(train_clips=100, test_clips=50, epochs=50, evaluations=50, num_views=8, num_present=0)
+LOAD = Workload(train_clips=100, test_clips=50, epochs=50, evaluations=50, num_views=8, train_present=0, test_present=0)
 RATES = Rates(compute=0.5, write=0.01, read=0.01)
 
 
@@ -257,5 +257,8 @@ def test_budget_is_kept_before_anything_is_computed() -> None:
     assert "features.budget_gigabytes is 0.5" in refused.reason
     with pytest.raises(ValueError, match=r"would take 0.85 GB.*lower training.num_views"):
         decide("always", LOAD, RATES, 1_000_000, 0.5)
-    there = replace(LOAD, num_present=849)
+    there = replace(LOAD, train_present=800, test_present=50)
+    assert there.from_features == 0
     assert decide("always", there, RATES, 1_000_000, 0.5).use_features
+    more_views = replace(there, num_views=10, epochs=1)
+    assert more_views.from_features == 20, "one view in five is new, though more views are stored than one epoch shows"
