@@ -217,17 +217,18 @@ def _fewer(stage: StageConfig, scale: float) -> dict[str, Any]:
 
 
 def _summary(run: RegisteredRun | TddRun, model: str, wall_seconds: float) -> Outcome:
+    history = [] if isinstance(run, TddRun) else run.history
     return Outcome(
         training=run.plan.name,
         top1=run.scores.top(1),
         mean_class=run.scores.mean_class,
         best_on_test=None if isinstance(run, TddRun) else run.best_on_test,
         num_test_clips=len(run.scores.keys),
-        epochs=0 if isinstance(run, TddRun) else len(run.history),
+        epochs=len(history),
         wall_seconds=round(wall_seconds, 1),
         model=model,
         run_url=run.run_url,
-        history=run.history,
+        history=history,
     )
 
 

@@ -32,7 +32,7 @@ class Outcome:
     """The registered model; empty for what is no network."""
     run_url: str
     history: list[dict[str, Any]]
-    """One row an epoch."""
+    """One row an epoch; empty for what has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

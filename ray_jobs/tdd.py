@@ -48,7 +48,6 @@ class TddRun:
     plan: TrainingPlan
     scores: Scores
     """Of the SVM: its "probabilities" are the softmax of its decision values, which keeps their order."""
-    history: list[dict[str, Any]]
     run_url: str
 
 
@@ -81,7 +80,7 @@ def run_tdd(site: Site, recipe: Recipe, split: int, console: Console) -> TddRun:
         records.parent.run_id(SECONDS_FOR_DELIVERY)
         records.finish()
         console.say(f"  test top-1 {scores.top(1):.1%}; compare: {records.comparison_url()}")
-        return TddRun(plan=plan, scores=scores, history=[row], run_url=records.parent.url())
+        return TddRun(plan=plan, scores=scores, run_url=records.parent.url())
 
 
 class _Clips:

@@ -38,7 +38,7 @@ def test_trials_by_two_workers_are_those_by_one(local_site: Site, packed_clips: 
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
         assert driver.stderr is not None
         try:
-            until(lambda: len(actors_of(local_site, "RayTrainWorker")) == 2)
+            until(lambda: len(actors_of(local_site, "RayTrainWorker")) == 2, 480)
             said = driver.stderr.read()
         finally:
             driver.kill()
