@@ -351,7 +351,8 @@ def _tuner(
     in_groups = plan.options.workers_per_trial > 1
     if in_groups:  # the workers ask for what they need by themselves, and Ray Tune must not start more than fit
         per_trial = [each * plan.options.workers_per_trial for each in needs.values()]
-        needs, at_once = {"cpu": 0.0, "gpu": 0.0}, at_once or room_for(*per_trial)
+        # A byte, because Ray Tune refuses to run what needs nothing.
+        needs, at_once = {"memory": 1.0}, at_once or room_for(*per_trial)
     filesystem, path = arrow_filesystem(f"{site.sweeps_uri}/{plan.name}/ray", site.s3)
     configurations = search if isinstance(search, list) else None
 

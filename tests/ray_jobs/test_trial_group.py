@@ -38,11 +38,13 @@ def test_trials_by_two_workers_are_those_by_one(local_site: Site, packed_clips: 
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
         assert driver.stderr is not None
         try:
-            until(lambda: len(actors_of(local_site, "RayTrainWorker")) == 2, 480)
+            until(lambda: driver.poll() is not None or len(actors_of(local_site, "RayTrainWorker")) == 2, 480)
+            were_workers = driver.poll() is None
             said = driver.stderr.read()
         finally:
             driver.kill()
-    assert driver.returncode == 0, said
+    assert were_workers, said
+    assert driver.wait() == 0, said
     by_group = _trials(store)
     until(lambda: not actors_of(local_site, "RayTrainWorker") and not placement_groups_left(), 60)
 
