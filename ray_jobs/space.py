@@ -103,13 +103,11 @@ def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
 def parse_space(values: Mapping[str, Any], recipe: Recipe) -> tuple[Dimension, ...]:
     """The dimensions that nested tables describe."""
     leaves = _leaves(values, "")
-    dimensions = tuple(_dimension(name, value, recipe) for name, value in leaves)
-    if not any(name == "model.temporal" for name, _ in leaves):
-        for name in (f"model.{field}" for field in recipe.model.unused):
-            if any(name == each.field for each in dimensions):
-                raise ValueError(
-                    f'{name} cannot be a dimension: it changes nothing with model.temporal = "{recipe.model.temporal}"'
-                )
+    without_effect = dict(_WITHOUT_EFFECT)
+    if "model.temporal" not in dict(leaves):
+        why = f'it changes nothing with model.temporal = "{recipe.model.temporal}"'
+        without_effect |= {f"model.{field}": why for field in recipe.model.unused}
+    dimensions = tuple(_dimension(name, value, recipe, without_effect) for name, value in leaves)
     if not dimensions:
         raise ValueError("the space has no dimension: give a field values, such as stage1.lr = [0.001, 0.01]")
     for dimension in dimensions:
@@ -154,12 +152,12 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _dimension(name: str, value: Any, recipe: Recipe) -> Dimension:
+def _dimension(name: str, value: Any, recipe: Recipe, without_effect: Mapping[str, str]) -> Dimension:
     known = recipe.flat()
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
         raise ValueError(f"{name} is no field of a recipe" + (f": did you mean {near[0]}?" if near else ""))
-    for prefix, why in _WITHOUT_EFFECT.items():
+    for prefix, why in without_effect.items():
         if name.startswith(prefix):
             raise ValueError(f"{name} cannot be a dimension: {why}")
     if isinstance(value, list):
