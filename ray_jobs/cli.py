@@ -335,9 +335,7 @@ def tune(
     ] = 1,
     held_out: Annotated[float, typer.Option(help="Share of the training clips to choose by, in whole groups.")] = 0.25,
     at_once: Annotated[int | None, typer.Option(help="Trials at the same time, at most.")] = None,
-    workers_per_trial: Annotated[
-        int, typer.Option(help="Workers (DDP ranks) that share a trial; above 1 needs --scheduler none.")
-    ] = 1,
+    workers_per_trial: Annotated[int, typer.Option(help="Workers (DDP ranks) that share a trial.")] = 1,
     dataset: DatasetOption = None,
     change: SetOption = None,
 ) -> None:

@@ -78,11 +78,6 @@ class SweepOptions:
             raise ValueError(f"--at-once {self.at_once}: must be at least 1")
         if self.workers_per_trial < 1:
             raise ValueError(f"--workers-per-trial {self.workers_per_trial}: must be at least 1")
-        if self.workers_per_trial > 1 and self.scheduler == "halving":
-            raise ValueError(
-                f"--workers-per-trial {self.workers_per_trial}: Ray keeps the resources of a group of workers that is "
-                "stopped early, and the next trial would wait for ever: add --scheduler none"
-            )
         if not 0 < self.share < 1:
             raise ValueError(f"--held-out {self.share}: must be above 0 and below 1")
 

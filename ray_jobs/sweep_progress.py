@@ -12,7 +12,6 @@ from ray_jobs.console import Console
 from ray_jobs.space import Changes
 from ray_jobs.sweep import Row, SweepPlan, SweepStore, Trial, ranked
 from ray_jobs.sweep_records import SweepRecords
-from ray_jobs.sweep_search import EPOCH_NAME
 
 ChangesOf = Callable[[dict[str, Any]], Changes]
 """From what Ray Tune calls a trial's config to the fields it changes."""
@@ -209,10 +208,10 @@ class Listener(Callback):
 
 
 class StopTrials(Stopper):
-    """Stops each trial at the rung, if there is one, and all of them when asked to."""
+    """Stops all trials when asked to. At the rung they end by themselves: Ray Tune kills the trials that it stops, and
+    the placement groups of their workers would stay."""
 
-    def __init__(self, rung: int | None) -> None:
-        self._rung = rung
+    def __init__(self) -> None:
         self._asked = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +222,7 @@ class StopTrials(Stopper):
         self._asked.set()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._rung is not None and result.get(EPOCH_NAME, 0) >= self._rung
+        return False
 
     def stop_all(self) -> bool:
         return self._asked.is_set()

@@ -3,6 +3,7 @@
 Ranks of a process group may call it together: they share the batches, and the first one writes and reports.
 """
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class TrialJob:
     sweep: SweepPlan
     use_features: bool
     """Whether trials learn from stored features; those not there are computed and written."""
+    rung: int | None = None
+    """Epochs after which a trial ends by itself, where it waits for the others; None: it is trained to its end."""
 
 
 def run_trial(job: TrialJob, changes: Changes, report: Report, device: torch.device | None = None) -> None:
@@ -65,6 +68,10 @@ def run_trial(job: TrialJob, changes: Changes, report: Report, device: torch.dev
         trial.run()
     finally:
         trial.close()
+
+
+class _AtRung(Exception):
+    """Every rank leaves after the same epoch."""
 
 
 class _Trial:
@@ -96,11 +103,17 @@ class _Trial:
         resume = self._resume(model)
         for row in list(self._rows) if self._world.rank == 0 else []:
             self._report(row)
+        if self._is_at_rung(len(self._rows)):
+            return
         train, held = self._batches(model, provenance, index, seen, store)
         model.to(self._world.device)
         plan = StagePlan(number=1, stage=recipe.stage1, training=recipe.training)
         listeners = Listeners(on_epoch=lambda each: self._end_epoch(model, each))
-        fit(model, plan, train, held, listeners, resume, self._world)
+        with contextlib.suppress(_AtRung):
+            fit(model, plan, train, held, listeners, resume, self._world)
+
+    def _is_at_rung(self, epochs: int) -> bool:
+        return self._job.rung is not None and epochs >= self._job.rung
 
     def _resume(self, model: TaVlad) -> TrainState | None:
         """The state of the newest checkpoint, its weights put into the model."""
@@ -139,8 +152,12 @@ class _Trial:
 
     def _end_epoch(self, model: TaVlad, report: EpochReport) -> None:
         """A checkpoint, written while training goes on, and the row."""
-        if self._world.rank != 0:
-            return
+        if self._world.rank == 0:
+            self._keep(model, report)
+        if self._is_at_rung(report.epoch):
+            raise _AtRung
+
+    def _keep(self, model: TaVlad, report: EpochReport) -> None:
         assert report.scores is not None, "trials are scored after every epoch"
         metrics = {name: value for name, value in report.metrics.items() if not name.startswith("test/")}
         metrics |= report.scores.summary("held_out")
@@ -152,7 +169,7 @@ class _Trial:
         }
         values = {"learned": learned, "optimizer": copy.deepcopy(report.state.optimizer), "rows": list(self._rows)}
         self._writer.submit(lambda: self._write(checkpoint_name(1, report.epoch), values))
-        if report.epoch in (self._job.sweep.rung, report.num_epochs):  # the process may end with this row
+        if self._is_at_rung(report.epoch) or report.epoch == report.num_epochs:  # the process may end with this row
             self._writer.wait()
         self._report(self._rows[-1])
 

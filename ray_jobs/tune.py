@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -196,7 +196,7 @@ def _run_to_rung(
     started: dict[str, Changes],
 ) -> None:
     """Every trial that is not there yet to the rung, or to its end where there is none."""
-    plan, rung = job.sweep, job.sweep.rung
+    plan, job = job.sweep, replace(job, rung=job.sweep.rung)
     there = progress.over.keys() | {trial.id for trial in progress.waiting()}
     left = [changes for key, changes in started.items() if key not in there]
     if known is not None:
@@ -204,11 +204,11 @@ def _run_to_rung(
         # Those that have checkpoints first.
         left.sort(key=lambda changes: plan.trial_id(changes) not in started)
     if left:
-        _run(site, job, progress, console, left, rung=rung)
+        _run(site, job, progress, console, left)
     trials = [*progress.over.values(), *progress.waiting()]
     more = (plan.options.trials or 0) - len(trials) - len(progress.failed)
     if known is None and more > 0:
-        _run(site, job, progress, console, optuna_search(plan, trials), more, rung=rung)
+        _run(site, job, progress, console, optuna_search(plan, trials), more)
 
 
 def _run_on(site: Site, job: TrialJob, progress: Progress, console: Console, total: int) -> None:
@@ -299,7 +299,6 @@ def _run(
     console: Console,
     search: list[Changes] | Searcher,
     num_samples: int = 1,
-    rung: int | None = None,
 ) -> None:
     """Run trials until all are over or at the rung. Ctrl-C stops them, says how things stand, and is raised again."""
     configurations = search if isinstance(search, list) else []
@@ -307,7 +306,7 @@ def _run(
     def changes_of(config: dict[str, Any]) -> Changes:
         return configurations[config["number"]] if "number" in config else dict(config)
 
-    stopper = StopTrials(rung)
+    stopper = StopTrials()
     tuner = _tuner(site, job, search, num_samples, Listener(progress, changes_of), stopper)
     # Fitting blocks, and takes Ctrl-C to itself in a main thread: it runs in another while this one shows what happens.
     with ThreadPoolExecutor(1, thread_name_prefix="ray-tune") as executor:

@@ -56,12 +56,6 @@ def test_codebook_with_more_words_than_descriptors_is_refused() -> None:
     require_descriptors(model, config, num_clips=6, num_frames=8, num_places=4)
 
 
-def test_groups_of_workers_are_not_stopped_early() -> None:
-    with pytest.raises(ValueError, match=r"--workers-per-trial 2: .* add --scheduler none"):
-        SweepOptions(search="grid", workers_per_trial=2)
-    SweepOptions(search="grid", workers_per_trial=2, scheduler="none")
-
-
 def test_what_the_model_does_not_have_is_not_searched() -> None:
     for recipe, fields in (("actionvlad", {"stage1.lr", "model.num_clusters"}), ("small", {"stage1.lr"})):
         loaded = load_recipe(recipe, dataset="set")

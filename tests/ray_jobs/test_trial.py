@@ -1,5 +1,6 @@
 """A trial on a real store, without Ray: resumed it is the same to the last bit, and it never sees a test clip."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,21 @@ def test_resumed_trial_is_an_undisturbed_one_and_a_finished_one_is_told_not_run(
     assert not store.finish(Trial(id=trial_id, changes=CHANGES, state="stopped", rows=[]))
     assert _run(job) == resumed
     assert not store.checkpoints(trial_id).names(), "nothing was trained"
+
+
+def test_trial_ends_at_the_rung_by_itself_and_goes_on_from_there(local_site: Site, packed: PackedSet) -> None:
+    job = _job(local_site, _recipe(packed.store, "training.seed=3"))
+    store = SweepStore(local_site, job.sweep.name).checkpoints(job.sweep.trial_id(CHANGES))
+    undisturbed = _run(job)
+    store.remove_all()
+    at_rung = _run(replace(job, rung=2))
+    assert _but_speed(at_rung) == _but_speed(undisturbed[:2])
+    assert store.names() == ["stage1-epoch00002"]
+    assert _run(replace(job, rung=2)) == at_rung, "told, not trained"
+    assert store.names() == ["stage1-epoch00002"]
+    on = _run(job)
+    assert on[:2] == at_rung
+    assert _but_speed(on) == _but_speed(undisturbed)
 
 
 def test_trial_never_reads_a_test_clip(local_site: Site, packed: PackedSet, tmp_path: Any) -> None:

@@ -74,12 +74,11 @@ class _Sweep:
         console: Console,
         search: Any,
         num_samples: int = 1,
-        rung: int | None = None,
     ) -> None:
         if not isinstance(search, list):
             search = [{"model.gru_width": width} for width in WIDTHS[-num_samples:]]
         for changes in random.sample(search, len(search)):
-            self._train(progress, changes, rung or EPOCHS)
+            self._train(progress, changes, job.rung or EPOCHS)
 
     def _train(self, progress: Progress, changes: Changes, until: int) -> None:
         width = changes["model.gru_width"]
