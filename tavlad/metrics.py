@@ -9,9 +9,16 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
 
+class NotNumbers(ValueError):
+    """A model gave a clip no probabilities: it is not scored, and its accuracy would mean nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a model said of each clip. Rows are clips; A is the number of actions."""
+    """What a model said of each clip. Rows are clips; A is the number of actions.
+
+    Raises `NotNumbers`, naming a clip, where a probability is NaN or infinite.
+    """
 
     keys: tuple[str, ...]
     labels: Int64[np.ndarray, " B"]
@@ -22,6 +29,11 @@ class Scores:
         assert len(set(self.keys)) == len(self.keys), "a clip is scored once"
         if not self.keys:
             raise ValueError("there are no clips to score: the test part of this split is empty")
+        bad = np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))
+        if len(bad):
+            raise NotNumbers(
+                f"the model's outputs are not numbers for {len(bad)} clips, the first is {self.keys[bad[0]]}"
+            )
 
     @cached_property
     def ranking(self) -> NDArray[np.int64]:

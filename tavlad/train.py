@@ -17,7 +17,7 @@ from tavlad.config import StageConfig, TrainingConfig
 from tavlad.draws import seed_clips
 from tavlad.evaluate import evaluate
 from tavlad.memory import keep_freed_memory
-from tavlad.metrics import Scores
+from tavlad.metrics import NotNumbers, Scores
 from tavlad.model import TaVlad
 from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import ALONE, World, autocast
@@ -25,7 +25,7 @@ from tavlad.reduction import TreeSum
 
 
 class Diverged(ValueError):
-    """The loss is no longer a number: these settings cannot be trained with."""
+    """The loss, or what the model says of a clip, is no longer a number: these settings cannot be trained with."""
 
 
 @runtime_checkable
@@ -99,7 +99,8 @@ def fit(
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
     batch, whatever the number of ranks and however unevenly they share it; the model's draws are a matter of the clip's
     place in that batch. So the number of ranks changes nothing but the order in which float32 values are added up, and
-    with `world.virtual_ranks` not even that. Raises `Diverged` when the loss is no longer a number.
+    with `world.virtual_ranks` not even that. Raises `Diverged` when the loss, or an output for a clip tested on, is no
+    longer a number.
     """
     stage, number = plan.stage, plan.number
     keep_freed_memory(world.device)
@@ -116,10 +117,13 @@ def fit(
         metrics = epochs.run(epoch, resume if epoch == resume.next_epoch else None)
         scores = None
         is_last = epoch + 1 == stage.epochs
-        if scored is not None and is_last:
-            scores = evaluate(model, scored.epoch(0), training.scoring_precision, world)
-        elif test is not None and (is_last or (epoch + 1) % training.evaluate_every == 0):
-            scores = evaluate(model, test.epoch(0), training.precision, world)
+        try:
+            if scored is not None and is_last:
+                scores = evaluate(model, scored.epoch(0), training.scoring_precision, world)
+            elif test is not None and (is_last or (epoch + 1) % training.evaluate_every == 0):
+                scores = evaluate(model, test.epoch(0), training.precision, world)
+        except NotNumbers as error:
+            raise _diverged(str(error), plan, f"after epoch {epoch + 1}") from error
         if scores is not None:
             metrics |= scores.summary("test")
         report = EpochReport(
@@ -131,6 +135,10 @@ def fit(
             state=TrainState(stage=number, next_epoch=epoch + 1, optimizer=optimizer.state_dict()),
         )
         listeners.on_epoch(report)
+
+
+def _diverged(what: str, plan: StagePlan, when: str) -> Diverged:
+    return Diverged(f"{what} in stage {plan.number}, {when}: lower stage{plan.number}.lr (now {plan.stage.lr:g})")
 
 
 @dataclass(frozen=True, kw_only=False, slots=True)
@@ -159,10 +167,7 @@ class _Epochs:
         for step, batch in enumerate(batches_on(world.device, batches), start=first):
             loss = self._step(batch, epoch, step, sums)
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss became {loss} in stage {plan.number}, epoch {epoch + 1}, step {step + 1}: "
-                    f"lower stage{plan.number}.lr (now {plan.stage.lr:g})"
-                )
+                raise _diverged(f"the loss became {loss}", plan, f"epoch {epoch + 1}, step {step + 1}")
             done = epoch * self.train.num_steps + step + 1
             listeners.on_step(done, plan.stage.epochs * self.train.num_steps)
             if step + 1 < self.train.num_steps and listeners.wants_state(done):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tavlad.metrics import Scores, fuse
+from tavlad.metrics import NotNumbers, Scores, fuse
 
 
 def _scores() -> Scores:
@@ -51,6 +51,13 @@ def test_ties_go_to_the_lower_label_so_that_scores_are_reproducible() -> None:
 def test_no_clips_is_an_error_and_not_a_score() -> None:
     with pytest.raises(ValueError, match="no clips to score"):
         Scores(keys=(), labels=np.zeros(0, dtype=np.int64), probabilities=np.zeros((0, 3)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_an_error_and_not_a_score(value: float) -> None:
+    probabilities = np.array([[0.5, 0.5], [value, 0.5]])
+    with pytest.raises(NotNumbers, match=r"not numbers for 1 clips, the first is b"):
+        Scores(keys=("a", "b"), labels=np.array([0, 0]), probabilities=probabilities)
 
 
 def test_fused_scores_are_the_mean_probabilities() -> None:

@@ -19,7 +19,7 @@ from tavlad.evaluate import evaluate
 from tavlad.model import TaVlad
 from tavlad.optim import choose_trained, learning_rate
 from tavlad.parallel import World
-from tavlad.train import EpochReport, Listeners, StagePlan, fit
+from tavlad.train import Diverged, EpochReport, Listeners, StagePlan, fit
 from tests.ports import free_port
 from tests.tavlad.tiny import CARD, CONFIG, STAGE1, STAGE2, TRAINING, TinyBatches, build_model
 
@@ -211,6 +211,22 @@ def test_loss_that_is_no_number_stops_with_the_place_and_the_remedy() -> None:
         model.classifier.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"the loss became nan in stage 1, epoch 1, step 1: lower stage1\.lr"):
         _run(model)
+
+
+@pytest.mark.parametrize("scored", [None, TinyBatches(3)])
+def test_outputs_that_are_no_numbers_are_no_scores(scored: TinyBatches | None) -> None:
+    """The loss of every step is finite, but the last step spoiled the weights."""
+    model, reports = build_model(), list[EpochReport]()
+    plan = StagePlan(number=1, stage=dataclasses.replace(STAGE1, epochs=2), training=TRAINING)
+
+    def spoil(done: int, total: int) -> None:
+        if done == total:
+            model.classifier.weight.data.fill_(float("inf"))
+
+    listeners = Listeners(on_step=spoil, on_epoch=reports.append)
+    with pytest.raises(Diverged, match=r"for \d clips, the first is \S+ in stage 1, after epoch 2: lower stage1\.lr"):
+        fit(model, plan, TinyBatches(), TinyBatches(6), listeners, scored=scored)
+    assert len(reports) == 1
 
 
 def test_test_part_is_scored_at_the_chosen_epochs_and_at_the_last() -> None:
