@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import ray
+from ray import PlacementGroupID
 from ray.exceptions import OutOfMemoryError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.site import Site, job_variables
@@ -62,6 +64,18 @@ def num_cpus_of_a_node() -> int:
     """CPUs of the smallest node that has any: a task that asks for more might never find a place."""
     counts = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return min((count for count in counts if count > 0), default=1)
+
+
+def placement_groups() -> dict[str, dict[str, Any]]:
+    """What Ray tells of the placement groups of this driver's job that hold resources or wait for them, by ID."""
+    job = ray.get_runtime_context().get_job_id()
+    groups: dict[str, dict[str, Any]] = placement_group_table()
+    return {key: group for key, group in groups.items() if key.endswith(job) and group["state"] != "REMOVED"}
+
+
+def release(key: str) -> None:
+    """Remove a placement group: what it holds is free again, and actors in it end."""
+    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
 
 
 def result_of(reference: Any) -> Any:

@@ -22,7 +22,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
 
 from infra.site import Site
-from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect
+from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
 from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, UserError
@@ -106,6 +106,8 @@ def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
             seconds = config.monitor.lost(cause_of(error), plan)
             if seconds is None:
                 raise
+            for group in placement_groups():  # of a controller that died while its workers started; Ray would keep it
+                release(group)
             time.sleep(seconds)
         else:
             return

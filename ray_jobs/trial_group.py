@@ -1,13 +1,18 @@
 """A trial by several workers: Ray Train inside of Ray Tune. Its rows come by way of a monitor, as a training's do."""
 
 import threading
+import time
 import uuid
 from concurrent.futures import Future
+from typing import Any
 
 import ray.train
 import ray.train.torch
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from infra.site import load_site
+from ray_jobs.cluster import placement_groups, release
 from ray_jobs.monitor import EpochDone, Monitor, UserError
 from ray_jobs.network import HostNetwork
 from ray_jobs.space import Changes
@@ -16,6 +21,8 @@ from shards.store import arrow_filesystem
 from tavlad.train import Diverged
 
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_WITHOUT_ACTORS = 10.0
+_MOST_ACTORS = 10_000  # as many as Ray tells of
 
 
 def run_trial_by_group(job: TrialJob, changes: Changes, report: Report) -> None:
@@ -48,6 +55,42 @@ def run_trial_by_group(job: TrialJob, changes: Changes, report: Report) -> None:
     if reason is not None:
         raise Diverged(reason)
     training.result()
+
+
+class Leftovers:
+    """Placement groups that nobody uses any more, of trials by several workers in this driver's job.
+
+    A trial's process may die while its workers start. Ray's cleaner of placement groups does not know of theirs yet, it
+    would be kept while the job lasts, and the trial's next try would wait for what it holds.
+    """
+
+    def __init__(self, workers_per_trial: int) -> None:
+        self._num_bundles = workers_per_trial
+        self._unused: set[str] = set()
+        self._looked = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove those that had no actor for ten seconds; to be called again and again."""
+        now = time.monotonic()
+        if self._num_bundles == 1 or now - self._looked < _SECONDS_WITHOUT_ACTORS:
+            return
+        self._looked = now
+        groups = {
+            key
+            for key, group in placement_groups().items()
+            if group["state"] == "CREATED" and len(group["bundles"]) == self._num_bundles
+        }
+        of_this_job = ("job_id", "=", ray.get_runtime_context().get_job_id())
+        try:
+            actors: list[Any] = list_actors(
+                filters=[of_this_job, ("state", "!=", "DEAD")], detail=True, limit=_MOST_ACTORS
+            )
+        except (RayStateApiException, ConnectionError):  # Ray's dashboard is busy
+            return
+        unused = groups - {actor.placement_group_id for actor in actors}
+        for key in unused & self._unused:
+            release(key)
+        self._unused = unused
 
 
 def _is_over(training: "Future[None]") -> bool:

@@ -36,7 +36,7 @@ from ray_jobs.sweep_search import (
 )
 from ray_jobs.train import train
 from ray_jobs.trial import TrialJob, run_trial, trial_loading
-from ray_jobs.trial_group import run_trial_by_group
+from ray_jobs.trial_group import Leftovers, run_trial_by_group
 from shards.features import CENTRE_SLOT, FeatureSet
 from shards.index import Index
 from shards.order import num_steps
@@ -312,7 +312,7 @@ def _run(
     with ThreadPoolExecutor(1, thread_name_prefix="ray-tune") as executor:
         fitting = executor.submit(tuner.fit)
         try:
-            _show_until(fitting, progress, console)
+            _show_until(fitting, progress, console, Leftovers(job.sweep.options.workers_per_trial))
         except KeyboardInterrupt:
             progress.stopping = True
             console.say("stopping the trials ...")
@@ -327,11 +327,12 @@ def _run(
     fitting.result()
 
 
-def _show_until(fitting: "Future[Any]", progress: Progress, console: Console) -> None:
+def _show_until(fitting: "Future[Any]", progress: Progress, console: Console, leftovers: Leftovers) -> None:
     with console.live_table() as draw:
         while True:
             done, _ = wait_for([fitting], timeout=_SECONDS_BETWEEN_LOOKS)
             draw(*progress.table())
+            leftovers.remove()
             if done:
                 return
 

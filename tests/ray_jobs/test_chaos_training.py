@@ -338,11 +338,15 @@ def test_workers_killed_while_they_start_are_started_again(
     )
 
 
+@pytest.mark.parametrize("moment", ["training", "starting"])
 def test_a_killed_controller_of_ray_train_is_started_again(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show, moment: str
 ) -> None:
-    training = Training(11)
-    _until_saved(local_site, training)
+    training = Training(11 if moment == "training" else 23)
+    if moment == "training":
+        _until_saved(local_site, training)
+    else:
+        _until(lambda: _ray_processes(local_site, "RayTrainWorker"), training=training)
     for each in _ray_processes(local_site, "TrainController"):
         each.kill()
     killed = time.monotonic()
@@ -351,7 +355,7 @@ def test_a_killed_controller_of_ray_train_is_started_again(
     assert training.when("Ray's controller of the training was lost") is not None, training.text
     ends_as_undisturbed(training)
     show(
-        "kill -9 of Ray Train's controller",
+        f"kill -9 of Ray Train's controller while it is {moment}",
         "said; Ray Train started again",
         _repeated(training),
         f"{again - killed:.1f} s",

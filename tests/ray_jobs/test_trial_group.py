@@ -1,4 +1,7 @@
-"""A sweep whose trials are groups of workers: what it finds is what trials of one worker find, and nothing stays."""
+"""A sweep whose trials are groups of workers: what it finds is what trials of one worker find, and nothing stays.
+
+The process of its first trial is killed: its workers end, what they held is free again, and the trial is tried again.
+"""
 
 import json
 import subprocess
@@ -11,9 +14,9 @@ import pytest
 from infra.site import Site
 from shards.store import Store, open_store
 from tests.fixtures_verbs import tavlad
-from tests.ray_jobs.test_tune_chaos import actors_of, placement_groups_left, until
+from tests.ray_jobs.test_tune_chaos import TRIAL, actors_of, placement_groups_left, until
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 _SPACE = "[stage1]\nlr = [0.00001, 0.01, 1e30]\n"
 _TINY = [
@@ -40,6 +43,8 @@ def test_trials_by_two_workers_are_those_by_one(local_site: Site, packed_clips: 
         try:
             until(lambda: driver.poll() is not None or len(actors_of(local_site, "RayTrainWorker")) == 2, 480)
             were_workers = driver.poll() is None
+            for trial in actors_of(local_site, TRIAL):
+                trial.kill()
             said = driver.stderr.read()
         finally:
             driver.kill()

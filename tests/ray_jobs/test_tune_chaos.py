@@ -37,7 +37,7 @@ _TINY = [
 ]
 
 
-_TRIAL = "ImplicitFunc"  # what Ray Tune calls the actor of a function that is a trial
+TRIAL = "ImplicitFunc"  # what Ray Tune calls the actor of a function that is a trial
 
 
 def _tavlad(*arguments: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def test_killed_sweep_ends_as_an_undisturbed_one(local_site: Site, sweep: list[s
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
         try:
             until(lambda: [path for path in store.list() if "/checkpoints/" in path])
-            until(lambda: actors_of(local_site, _TRIAL))[0].kill()
+            until(lambda: actors_of(local_site, TRIAL))[0].kill()
             until(lambda: _over(store))
             time.sleep(random.uniform(0, 3))
         finally:
@@ -213,7 +213,7 @@ def test_ctrl_c_stops_says_the_best_so_far_and_how_to_go_on(local_site: Site, sw
     assert "left" in shown
     assert re.search(r"best so far: held-out \d+\.\d% with lr ", said)
     assert "trials are over; the same command goes on" in said
-    until(lambda: not actors_of(local_site, _TRIAL), 60)
+    until(lambda: not actors_of(local_site, TRIAL), 60)
     until(lambda: not placement_groups_left(), 60)
 
     before = {path: trial for path, trial in _over(store).items() if path not in others}
