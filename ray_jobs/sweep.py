@@ -249,6 +249,13 @@ class SweepStore:
         self.checkpoints(trial.id).remove_all()
         return is_first
 
+    def tidy(self) -> None:
+        """Remove what is left of checkpoints of trials that are over: a driver died while it did."""
+        over = self.finished()
+        for trial_id in {path.split("/")[1] for path in self._store.list("checkpoints/")}:
+            if trial_id in over:
+                self.checkpoints(trial_id).remove_all()
+
     def checkpoints(self, trial_id: str) -> Checkpoints:
         """A trial's checkpoints."""
         return Checkpoints(open_store(f"{self.uri}/checkpoints/{trial_id}", self._site.s3), keep=1)

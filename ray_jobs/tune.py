@@ -179,6 +179,7 @@ def _search(
         _prepare(site, job, index, known, console)
         _run_to_rung(site, job, progress, console, known, store.started())
         _run_on(site, job, progress, console, total)
+    store.tidy()
     if not progress.over:
         reason = next(iter(progress.failed.values()), "no trial came to its end")
         raise ValueError(f"every trial failed, the first one with: {reason}")

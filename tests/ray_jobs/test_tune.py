@@ -18,6 +18,7 @@ from ray_jobs.sweep import SCORE, SweepOptions, SweepPlan, SweepStore, Trial
 from ray_jobs.sweep_progress import Progress
 from ray_jobs.sweep_search import known_configurations
 from ray_jobs.trial import TrialJob
+from shards.store import open_store
 
 EPOCHS, RUNG = 10, 2
 WIDTHS = tuple(range(1, 13))
@@ -131,6 +132,20 @@ def test_interrupted_sweep_decides_as_an_undisturbed_one(
     assert _epochs(sweep.go()) == HALVED
     again = {width for width, _ in sweep.trained}
     assert len(again) <= 12 - at_rung + 3, "who waited already is not trained to the rung again"
+
+
+def test_sweep_removes_what_a_killed_driver_left_of_checkpoints(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.failing = {3}
+    sweep.go()
+    one, other = (sweep.plan.trial_id({"model.gru_width": width}) for width in (2, 3))
+    for trial_id in (one, other):
+        open_store(f"{sweep.store.uri}/checkpoints/{trial_id}").write_if_absent("stage1-epoch00004/w/trial.pt", b"half")
+    sweep.go()
+    left = {path.parents[2].name for path in tmp_path.rglob("trial.pt")}
+    assert left == {other}, "a trial that is not over keeps its checkpoints"
 
 
 def test_trial_that_fails_keeps_nobody_waiting_and_is_tried_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
