@@ -163,7 +163,8 @@ class _Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > most:
-                await _drain(receive, most)
+                if message.get("more_body", False):
+                    await _drain(receive, most)
                 raise HTTPException(413, too_large)
             return message
 

@@ -69,7 +69,7 @@ def ask(address: str, parts: dict[str, bytes], token: str | None = None, chunked
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=8) as answer:  # less than the rest of a body is waited for
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
