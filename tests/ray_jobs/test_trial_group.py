@@ -43,12 +43,14 @@ def test_trials_by_two_workers_are_those_by_one(local_site: Site, packed_clips: 
         try:
             until(lambda: driver.poll() is not None or len(actors_of(local_site, "RayTrainWorker")) == 2, 480)
             were_workers = driver.poll() is None
-            for trial in actors_of(local_site, TRIAL):
+            killed = actors_of(local_site, TRIAL)
+            for trial in killed:
                 trial.kill()
             said = driver.stderr.read()
         finally:
             driver.kill()
     assert were_workers, said
+    assert killed
     assert driver.wait() == 0, said
     by_group = _trials(store)
     until(lambda: not actors_of(local_site, "RayTrainWorker") and not placement_groups_left(), 60)
