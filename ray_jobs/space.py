@@ -10,7 +10,9 @@ gru_width = { low = 64, high = 512 }                 # whole numbers, because th
 
 import difflib
 import itertools
+import json
 import math
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,6 +142,12 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         table, _, field = name.partition(".")
         tables.setdefault(table, {})[field] = value
     return change_recipe(recipe, tables)
+
+
+def as_settings(changes: Changes) -> str:
+    """The same as words of `tavlad train`: "--set stage1.lr=0.003 --set model.trunk=resnet18"."""
+    texts = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items())
+    return " ".join(f"--set {shlex.quote(text)}" for text in texts)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

@@ -23,7 +23,7 @@ from ray_jobs.features import feature_set, fill_views, may_use_features
 from ray_jobs.plan import digest_of_weights, open_set, plan_training
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
-from ray_jobs.space import Changes, Dimension, extremes
+from ray_jobs.space import Changes, Dimension, as_settings, extremes
 from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, going_on, ranked
 from ray_jobs.sweep_progress import Listener, Progress, StopTrials, described
 from ray_jobs.sweep_records import SweepRecords
@@ -412,3 +412,5 @@ def _show(plan: SweepPlan, trials: Sequence[Trial], console: Console) -> None:
         for trial in trials[:10]
     ]
     console.table(["trial", "state", "epochs", "held-out", "loss", *fields], rows, "The best trials")
+    if trials[0].state != "diverged":
+        console.say(f"  the best one's settings: {as_settings(trials[0].changes)}")

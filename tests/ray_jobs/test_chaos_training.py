@@ -47,6 +47,8 @@ _KILLS = 5
 _LONG = 30
 """Epochs of stage 1 in trainings whose number of workers changes."""
 Weights = dict[str, np.ndarray]
+_STARTED: list[subprocess.Popen[str]] = []
+"""Processes of a test's trainings."""
 
 
 class Training:
@@ -67,6 +69,7 @@ class Training:
             env=os.environ | environment,
             cwd=Path(__file__).parents[2],
         )
+        _STARTED.append(self.process)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -120,6 +123,16 @@ def _until(holds: Callable[[], Any], seconds: float = 120, training: Training | 
         assert training is None or training.process.poll() is None, said
         time.sleep(0.05)
     return found
+
+
+@pytest.fixture(autouse=True)
+def none_outlives_its_test() -> Generator[None]:
+    """A training whose test failed would go on, and wait for services that are down."""
+    yield
+    for each in _STARTED:
+        each.kill()
+        each.wait()
+    _STARTED.clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What a sweep cannot search is refused before anything starts; what it searches is a function of space and seed."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from ray_jobs.plan import TrainingPlan
 from ray_jobs.recipe import load_recipe
-from ray_jobs.space import Choice, Range, changed, grid, load_space, parse_space
+from ray_jobs.space import Choice, Range, as_settings, changed, grid, load_space, parse_space
 from ray_jobs.sweep import SweepOptions, SweepPlan, Trial, going_on, ranked, selection_score
 from ray_jobs.sweep_search import domains, known_configurations, optuna_search
 from tavlad.codebook import require_descriptors
@@ -47,6 +48,14 @@ def test_impossible_spaces_are_refused_by_name(tmp_path: Path, text: str, messag
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_space(path, RECIPE)
+
+
+def test_a_configuration_as_settings_is_the_same_recipe() -> None:
+    changes = {"stage1.lr": 1 / 3 * 1e-5, "model.num_clusters": 5, "model.trunk": "resnet18", "training.augment": False}
+    words = shlex.split(as_settings(changes))
+    assert words[::2] == ["--set"] * len(changes)
+    settings = ["stage1.epochs=9", *words[1::2]]
+    assert load_recipe("demo", settings, "set") == changed(RECIPE, changes) != RECIPE
 
 
 def test_codebook_with_more_words_than_descriptors_is_refused() -> None:
