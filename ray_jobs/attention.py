@@ -1,6 +1,5 @@
 """tavlad attention: where a model looks (Figure 3), beside where its untouched trunk does. Needs no cluster."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from ray_jobs.clips import clip_of
 from ray_jobs.console import Console
 from ray_jobs.models import fetch_model
 from shards.render import encode_video
+from shards.scratch import scratch
 from tavlad import figures
 from tavlad.backbone import load_weights
 from tavlad.checkpoint import ModelCard, load_model
@@ -54,8 +54,8 @@ def draw_attention(
     `read_bytes` fetches trunk weights from s3://. Raises ValueError for a video that cannot be decoded, for a model
     whose trunk has no class activation maps, and for ImageNet weights that cannot be had.
     """
-    with tempfile.TemporaryDirectory(prefix="tavlad-") as scratch:
-        trained, card = load_model(fetch_model(tracking_uri, model, Path(scratch) / "model"))
+    with scratch() as folder:
+        trained, card = load_model(fetch_model(tracking_uri, model, folder / "model"))
     if not trained.trunk.has_activation_maps:
         raise ValueError(f"{model} has trunk {card.model.trunk}, which has no class activation maps: nothing to draw")
     untouched = _untouched(card, read_bytes)

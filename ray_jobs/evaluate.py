@@ -1,9 +1,7 @@
 """tavlad evaluate: a model's scores on one part of a set's split."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import ray
@@ -16,6 +14,7 @@ from ray_jobs.models import fetch_model
 from ray_jobs.plan import locate_set
 from shards.index import load_index
 from shards.read import ClipLoader, LoaderOptions
+from shards.scratch import scratch
 from shards.store import open_store
 from tavlad.checkpoint import load_model
 from tavlad.evaluate import evaluate
@@ -51,8 +50,8 @@ def fuse_evaluations(evaluations: Sequence[Evaluation]) -> Evaluation:
 @ray.remote(num_cpus=1, max_calls=1)  # its process ends, and gives the model's memory back
 def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal["train", "test"]) -> Evaluation:
     site = load_site(site_name)
-    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-        model, card = load_model(fetch_model(site.mlflow_uri, name, Path(folder) / "model"))
+    with scratch() as folder:
+        model, card = load_model(fetch_model(site.mlflow_uri, name, folder / "model"))
     store = open_store(locate_set(site, dataset), site.s3)
     index = load_index(store)
     known = (card.actions, card.num_frames, card.model.modality)

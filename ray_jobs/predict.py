@@ -2,7 +2,6 @@
 
 import glob
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ray_jobs.clips import UnusableVideo, Windows
 from ray_jobs.console import Console
 from ray_jobs.models import fetch_model
 from ray_jobs.served_model import Answer, ServedModel
+from shards.scratch import scratch
 from shards.table import TableWriter
 
 _SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp", ".flv", ".ts"}
@@ -48,8 +48,8 @@ def predict_videos(
     tracking_uri: str, model: str, videos: Sequence[Path], options: PredictOptions, console: Console
 ) -> Predicted:
     """The top actions of each video, or of each of its windows; a video that cannot be used is reported at its turn."""
-    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-        served = ServedModel(fetch_model(tracking_uri, model, Path(folder) / "model"))
+    with scratch() as folder:
+        served = ServedModel(fetch_model(tracking_uri, model, folder / "model"))
     if options.attention is not None and options.attention.suffix and len(videos) > 1:
         raise ValueError(f"{options.attention} holds the attention of one video: name a folder for {len(videos)}")
     rows: list[dict[str, Any]] = []

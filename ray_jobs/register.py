@@ -1,7 +1,6 @@
 """tavlad register: what a training leaves behind in MLflow, and its model in the registry."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ray_jobs.served_model import stage_code
 from ray_jobs.worker import HISTORY, SCORES, load_scores
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
+from shards.scratch import scratch
 from shards.store import open_store
 from shards.table import write_table
 from tavlad import figures
@@ -69,9 +69,9 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
 
 def finished_scores(site: Site, plan: TrainingPlan) -> Scores:
     """The scores of a finished training's last epoch on the test part."""
-    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-        plan.checkpoints(site).fetch(plan.last_checkpoint, Path(folder))
-        return load_scores(Path(folder))
+    with scratch() as folder:
+        plan.checkpoints(site).fetch(plan.last_checkpoint, folder)
+        return load_scores(folder)
 
 
 def register_training(
@@ -81,8 +81,8 @@ def register_training(
 
     Doing it twice is the same as once.
     """
-    with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-        directory = Path(folder) / "model"
+    with scratch() as folder:
+        directory = folder / "model"
         plan.checkpoints(site).fetch(plan.last_checkpoint, directory)
         scores = load_scores(directory)
         history: list[dict[str, Any]] = json.loads((directory / HISTORY).read_text(encoding="utf-8"))
@@ -93,10 +93,10 @@ def register_training(
         best_on_test = max(row["test/top1"] for row in history if "test/top1" in row)
         records.parent.log_metrics(scores.summary("test") | {"best_on_test/top1": best_on_test}, step=len(history))
         if plan.recipe.model.trunk not in NO_ACTIVATION_MAPS:
-            _draw_attention(site, plan, index, directory, Path(folder) / _ATTENTION)
-        log_results(site, plan, index, records, scores, history, Path(folder))
+            _draw_attention(site, plan, index, directory, folder / _ATTENTION)
+        log_results(site, plan, index, records, scores, history, folder)
         run_id = records.parent.run_id(SECONDS_FOR_DELIVERY)
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as code:
+        with scratch() as code:
             model = register(
                 site.mlflow_uri,
                 directory,
@@ -115,7 +115,7 @@ def register_training(
                     "training": plan.name,
                 },
                 accuracy=scores.top(1),
-                code=stage_code(Path(code), plan.recipe.model),
+                code=stage_code(code, plan.recipe.model),
             )
     records.finish()
     moved = "now best" if model.is_best else "best stays where it is"

@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import signal
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from ray_jobs.cluster import connect
 from ray_jobs.console import Console
 from ray_jobs.http_app import Backend, Limits, Ranked, digest_of_token, make_app
 from ray_jobs.models import fetch_model
+from shards.scratch import scratch
 from shards.store import open_store
 from tavlad.predict import Predictor
 
@@ -85,8 +85,8 @@ class Replica:
 
     def __init__(self, site_name: str, model: str, limits: Limits) -> None:
         self._site = load_site(site_name)
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-            self._predictor = Predictor(fetch_model(self._site.mlflow_uri, model, Path(folder) / "model"))
+        with scratch() as folder:
+            self._predictor = Predictor(fetch_model(self._site.mlflow_uri, model, folder / "model"))
         self._model = model
         self._limits = limits
 

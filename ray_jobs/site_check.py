@@ -5,16 +5,15 @@ import importlib.metadata
 import json
 import platform
 import sys
-import tempfile
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from infra.site import Site, load_site
 from infra.site_check import MAX_SKEW_S, Finding, check_clocks, check_mlflow, check_s3
 from ray_jobs.recipe import ResourceConfig
+from shards.scratch import scratch
 
 _PROBE_S = 180.0
 _MARK = "tavlad-site-probe:"
@@ -140,8 +139,8 @@ def _run_probe(site: Site) -> dict[str, Any]:
     client, job = jobs_of(site), f"tavlad-probe-{uuid.uuid4().hex[:12]}"
     parcel = Parcel(verb="probe", arguments=(), inputs={}, name=job)
     began = time.time()
-    with tempfile.TemporaryDirectory(prefix="tavlad-job-") as folder:
-        fill_working_folder(parcel, Path(folder), "unknown")
+    with scratch() as folder:
+        fill_working_folder(parcel, folder, "unknown")
         client.submit_job(
             entrypoint=f"python -m ray_jobs.site_check {site.name}",
             submission_id=job,

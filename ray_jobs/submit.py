@@ -5,13 +5,11 @@ import contextlib
 import json
 import logging
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -23,6 +21,7 @@ from infra.site import Site
 from ray_jobs.console import Console
 from ray_jobs.job_parcel import Parcel, fill_working_folder
 from ray_jobs.run_records import git_commit
+from shards.scratch import scratch
 
 _ATTEMPT = re.compile(r"(tavlad-[a-z]+-[0-9a-f]{12})-(\d+)")
 # Each sets its own level when it is imported, whatever its parents' is.
@@ -54,8 +53,8 @@ def jobs_of(site: Site) -> JobSubmissionClient:
 def submit(site: Site, parcel: Parcel, console: Console, *, json_output: bool = False) -> str:
     """Start the job, or join it if it runs already; returns its id. A job that has ended gets another attempt."""
     client = jobs_of(site)
-    with _errors(site), tempfile.TemporaryDirectory(prefix="tavlad-job-") as folder:
-        fill_working_folder(parcel, Path(folder), git_commit())
+    with _errors(site), scratch() as folder:
+        fill_working_folder(parcel, folder, git_commit())
         while True:
             attempts = _attempts(client, parcel.name)
             if attempts and not attempts[-1].status.is_terminal():

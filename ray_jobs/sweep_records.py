@@ -1,6 +1,5 @@
 """The MLflow runs of a sweep: one parent, and a run below it for each trial. Nothing here waits for the server."""
 
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from infra.site import Site
 from ray_jobs.run_records import SECONDS_FOR_DELIVERY, git_commit, spools
 from ray_jobs.space import Changes
 from ray_jobs.sweep import Row, SweepPlan, Trial, ranked
+from shards.scratch import scratch
 from shards.table import write_table
 from tavlad import figures, sweep_figures
 from tavlad.runlog import RUN_TAG, RunSpec, Status
@@ -109,8 +109,8 @@ class SweepRecords:
         if best.rows:
             last = {f"best/{name}": best.rows[-1][name] for name in ("held_out/top1", "held_out/loss")}
             self.parent.log_metrics(last, step=0)
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-            for path in write_trials(Path(folder), trials):
+        with scratch() as folder:
+            for path in write_trials(folder, trials):
                 self.parent.log_artifact(path)
 
     def finish(self) -> None:

@@ -4,11 +4,9 @@ What a task makes lies beside the training's other files, whole, and is found ag
 """
 
 import io
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +24,7 @@ from ray_jobs.run_records import SECONDS_FOR_DELIVERY, RunRecords
 from ray_jobs.tasks import Progress, run_tasks
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
+from shards.scratch import scratch
 from shards.store import Store, open_store
 from shards.trajectories import trajectories
 from tavlad.backbone import build_trunk, load_weights
@@ -75,8 +74,8 @@ def run_tdd(site: Site, recipe: Recipe, split: int, console: Console) -> TddRun:
         scores, train_top1 = result_of(_classify.remote(site.name, plan))
         row = {"stage": 1, "epoch": 1, "train/top1": train_top1, **scores.summary("test")}
         records.parent.log_metrics({name: row[name] for name in row if "/" in name}, step=1)
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-            log_results(site, plan, index, records, scores, [row], Path(folder))
+        with scratch() as folder:
+            log_results(site, plan, index, records, scores, [row], folder)
         records.parent.run_id(SECONDS_FOR_DELIVERY)
         records.finish()
         console.say(f"  test top-1 {scores.top(1):.1%}; compare: {records.comparison_url()}")

@@ -5,10 +5,8 @@ Ranks of a process group may call it together: they share the batches, and the f
 
 import contextlib
 import copy
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from ray_jobs.space import Changes
 from ray_jobs.sweep import SCORE, Row, SweepPlan, SweepStore, held_out_loss, selection_score
 from shards.index import Index
 from shards.read import ClipLoader, LoaderOptions
+from shards.scratch import scratch
 from shards.store import Store
 from tavlad.checkpoint import TrainState
 from tavlad.model import TaVlad
@@ -120,9 +119,9 @@ class _Trial:
         names = self._checkpoints.names()
         if not names:
             return None
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-            self._checkpoints.fetch(names[-1], Path(folder))
-            saved: dict[str, Any] = torch.load(Path(folder) / _STATE, weights_only=True, map_location="cpu")
+        with scratch() as folder:
+            self._checkpoints.fetch(names[-1], folder)
+            saved: dict[str, Any] = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
         model.load_state_dict(saved["learned"], strict=False)
         self._rows = saved["rows"]
         return TrainState(stage=1, next_epoch=len(self._rows), optimizer=saved["optimizer"])
@@ -174,9 +173,9 @@ class _Trial:
         self._report(self._rows[-1])
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-            torch.save(values, Path(folder) / _STATE)
-            self._checkpoints.save(name, Path(folder))
+        with scratch() as folder:
+            torch.save(values, folder / _STATE)
+            self._checkpoints.save(name, folder)
 
 
 def trial_loading(recipe: Recipe, *, training: bool) -> LoaderOptions:

@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from shards.features import FeatureSet
 from shards.index import Index
 from shards.patience import outlast
 from shards.read import ClipLoader, LoaderOptions
+from shards.scratch import scratch
 from shards.store import Store, StoreUnreachable
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
 from tavlad.metrics import Scores
@@ -169,8 +169,7 @@ class _Trainer:
             model.initialise(load_codebook(self._codebook_uri, self._site))
         resume = None
         if newest is not None:
-            with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-                directory = Path(folder)
+            with scratch() as directory:
                 self._checkpoints.fetch(newest, directory)
                 load_weights_into(model, directory)
                 resume = load_state(directory)
@@ -267,8 +266,8 @@ class _Trainer:
         weights, state, history = weights_of(model), copy.deepcopy(state), json.dumps(self._history, indent=1)
 
         def write() -> None:
-            with tempfile.TemporaryDirectory(prefix="tavlad-") as folder:
-                directory = Path(folder) / name
+            with scratch() as folder:
+                directory = folder / name
                 save_weights(directory, weights, self._card, state)
                 (directory / HISTORY).write_text(history, encoding="utf-8")
                 if scores is not None:

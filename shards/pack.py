@@ -6,7 +6,6 @@ They stand in one long file because each relies on what the one before has writt
 """
 
 import hashlib
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +33,7 @@ from shards.index import (
 )
 from shards.patience import outlast
 from shards.plan import PackPlan, PlannedClip
+from shards.scratch import scratch
 from shards.store import MissingObject, Store, StoreError
 from shards.video import VideoError
 
@@ -98,8 +98,8 @@ def pack_shard(
     kept = outlast(lambda: _kept(plan, number, store))
     if kept is not None:
         return kept
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, "shard.tar")
+    with scratch() as folder:
+        local = folder / "shard.tar"
         rows, rejected = write_shard(plan, number, local, num_threads=num_threads, advance=advance)
         described = {"plan": plan.fingerprint, "rejected": rejected, "num_bytes": local.stat().st_size}
         told = partial(advance, len(plan.shards[number]))

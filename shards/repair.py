@@ -1,9 +1,7 @@
 """Mends a finished set from its source videos: a shard is replaced only by the very bytes that the index describes."""
 
-import tempfile
 from collections.abc import Collection
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -12,6 +10,7 @@ from shards.index import INDEX_PATH, REJECTED_PATH, Index, load_index, read_tabl
 from shards.pack import Advance, finished_set, shard_path, write_rejected, write_shard
 from shards.patience import outlast
 from shards.plan import PackPlan
+from shards.scratch import scratch
 from shards.store import MissingObject, Store, StoreError
 
 
@@ -45,8 +44,8 @@ def repair_shard(
     Raises ValueError, and changes nothing, if they do not: then it is the decoder or the JPEG library that differs,
     since the plan holds the digests of the sources.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder, "shard.tar")
+    with scratch() as folder:
+        local = folder / "shard.tar"
         packed, _ = write_shard(plan, number, local, num_threads=num_threads, advance=advance)
         if packed.replace_schema_metadata(None) != rows.replace_schema_metadata(None):
             raise ValueError(
