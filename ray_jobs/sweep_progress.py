@@ -144,7 +144,7 @@ class Progress:
         best = ranked(list(self.over.values()))[0]
         result = trial.reason or f"held-out {trial.rows[-1]['held_out/top1']:.1%}"
         return (
-            f"  {len(self.over)}/{self._total} {trial.state} after {trial.epochs} epochs, {result}: "
+            f"  {len(self.over)}/{self._total} {trial.state} after epoch {trial.epochs}, {result}: "
             f"{described(trial.changes)}; best {_top1(best)} with {described(best.changes)}; {self.left()}"
         )
 

@@ -219,7 +219,7 @@ def _run_on(site: Site, job: TrialJob, progress: Progress, console: Console, tot
         return
     ids = going_on(job.sweep, [*progress.over.values(), *waiting], total)
     ahead = [trial for trial in waiting if trial.id in ids]
-    console.say(f"  {len(ahead)} of the {len(waiting)} trials that were trained for {job.sweep.rung} epochs go on")
+    console.say(f"  epoch {job.sweep.rung}: {len(ahead)} of {len(waiting)} trials go on, the best so far")
     for trial in waiting:
         if trial.id not in ids:
             progress.stop(trial)

@@ -109,6 +109,7 @@ def test_every_command_is_run_by_something_or_cannot_be() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # a sweep of twelve trials is part of it
 def test_newcomer_who_follows_the_guide_gets_a_model(local_site: Site, shared_data: Path, tmp_path: Path) -> None:
     """The commands of "Your own videos" to the letter; only the clips' names are those of these clips."""
     videos = tmp_path / "my_videos"

@@ -173,7 +173,7 @@ def test_sweep_killed_at_its_rung_ends_as_an_undisturbed_one(local_site: Site, s
 
     document = _tavlad(*sweep)
     assert (document["trials"], document["stopped"], document["epochs"]) == (8, 6, 6 * 1 + 2 * 4)
-    assert "2 of the 8 trials that were trained for 1 epochs go on" in document["said"]
+    assert "epoch 1: 2 of 8 trials go on" in document["said"]
     first, killed = written("/waiting/"), written("/trials/")
     assert {name: first[name] for name in waiting} == waiting, "nobody came to the rung twice"
     assert {name: trial["rows"][:1] for name, trial in killed.items()} == {
