@@ -476,7 +476,7 @@ def _child() -> None:
 def _steps(store: Store, crop: int, repeats: int) -> dict[str, Figures]:
     """CPU ms a clip that each step of reading takes, and that decoding whole JPEGs would."""
     torch.set_num_threads(1)
-    table, decode, clock = load_index(store).clips_table, decode_window(), time.thread_time
+    table, decode, clock = load_index(store).clips_table, decode_window, time.thread_time
     out_TCSS: Any = None
     rounds: list[Figures] = []
     for number in range(repeats + 1):

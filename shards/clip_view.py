@@ -4,7 +4,6 @@ Threads that read share one interpreter with each other and with whoever trains.
 clip's frames take it and wait for it a hundred times; compiled by TorchScript the same function takes it once.
 """
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -44,12 +43,11 @@ def _decode_window(
             torch.ops.aten._upsample_bilinear2d_aa(window_1CHW, [size, size], False, None, None, out=out_1CSS)
 
 
-DecodeWindow = Callable[[Tensor, list[int], int, int, int, int, bool, Tensor], None]
-
-
-@functools.cache
-def decode_window() -> DecodeWindow:
-    """`_decode_window`, compiled."""
+def _compiled() -> Callable[[Tensor, list[int], int, int, int, int, bool, Tensor], None]:
     with warnings.catch_warnings():  # of TorchScript's end; the newest Python and PyTorch that we allow have it
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.script(inspect.unwrap(_decode_window))
+
+
+# At import, not by the first threads to read: where two parse at once, Python below 3.11.8 may raise SystemError.
+decode_window = _compiled()

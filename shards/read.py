@@ -293,8 +293,8 @@ def _decode_view(jpegs: Sequence[memoryview], view: View | TsnView | None, slot_
         crop = JpegCrop(header, *window[:4])
         data, lengths = crop.crop(jpegs[start:stop])
         top, left = window.top - crop.top, window.left - crop.left
-        decode = decode_window()
-        decode(torch.frombuffer(data, dtype=torch.uint8), lengths, top, left, *window[2:], slot_TCHW[start:stop])
+        jpegs_N = torch.frombuffer(data, dtype=torch.uint8)
+        decode_window(jpegs_N, lengths, top, left, *window[2:], slot_TCHW[start:stop])
         start = stop
 
 

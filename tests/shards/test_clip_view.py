@@ -1,6 +1,8 @@
 """The compiled function does what its Python says."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def test_compiled_is_what_is_written(window: tuple[int, int, int, int], flip: bo
     data, lengths = jpegs(3)
     compiled, written = (torch.zeros(3, 24, 24, 3, dtype=torch.uint8).movedim(-1, 1) for _ in range(2))
     for _ in range(3):  # TorchScript compiles anew after it has seen a call or two
-        decode_window()(data, lengths, *window, flip, compiled)
+        decode_window(data, lengths, *window, flip, compiled)
     inspect.unwrap(_decode_window)(data, lengths, *window, flip, written)
     assert torch.equal(compiled, written)
     assert compiled.float().std() > 10
@@ -30,4 +32,28 @@ def test_compiled_is_what_is_written(window: tuple[int, int, int, int], flip: bo
 def test_what_is_no_jpeg_is_an_error() -> None:
     out = torch.zeros(1, 24, 24, 3, dtype=torch.uint8).movedim(-1, 1)
     with pytest.raises(RuntimeError):
-        decode_window()(torch.zeros(100, dtype=torch.uint8), [100], 0, 0, 24, 24, False, out)
+        decode_window(torch.zeros(100, dtype=torch.uint8), [100], 0, 0, 24, 24, False, out)
+
+
+_READ_FIRST = """
+import ast
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from shards.clip_bytes import encode_jpeg
+from shards.read import _decode_view
+
+def parse(*_, **__):
+    raise SystemError("AST constructor recursion depth mismatch")
+
+ast.parse = parse
+jpeg = encode_jpeg(torch.zeros(3, 48, 64, dtype=torch.uint8), 90)
+out = torch.zeros(1, 24, 24, 3, dtype=torch.uint8).movedim(-1, 1)
+with ThreadPoolExecutor(4) as threads:
+    for done in [threads.submit(_decode_view, [jpeg], None, out) for _ in range(4)]:
+        done.result()
+"""
+
+
+def test_threads_that_read_first_parse_no_python() -> None:
+    """Where Python is below 3.11.8 and garbage is collected meanwhile, a parser in another thread makes both fail."""
+    subprocess.run([sys.executable, "-c", _READ_FIRST], check=True)
