@@ -105,6 +105,23 @@ print(json.dumps([json.loads(store.read(path)) for path in store.list("trials/")
     return json.loads(_run(home, "-c", program))
 
 
+def _told(home: Path, sweep: str) -> int:
+    """How many trials MLflow has under the sweep's one run, no trial twice."""
+    program = f"""
+from infra.site import activate, load_site
+site = load_site()
+activate(site)
+from mlflow import MlflowClient
+client = MlflowClient(site.mlflow_uri)
+runs = client.search_runs([each.experiment_id for each in client.search_experiments()], max_results=1000)
+(parent,) = [run for run in runs if run.data.tags.get("tavlad.run") == "{sweep}"]
+below = [run.data.tags["tavlad.run"] for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+assert len(set(below)) == len(below), below
+print(len(below))
+"""
+    return int(_run(home, "-c", program))
+
+
 def _top1(trials: list[dict[str, Any]], changes: dict[str, Any]) -> float:
     (trial,) = [each for each in trials if each["changes"] == changes]
     return trial["rows"][-1]["held_out/top1"]
@@ -134,6 +151,8 @@ def _compare(folder: Path, options: argparse.Namespace, space: Path, seed: int) 
         whole = found["grid"] = _sweep(home, space, "none", changes)
         stopping = found["halving"] = _sweep(home, space, "halving", changes)
         trials = _trials(home, whole["sweep"])
+        found["told"] = [_told(home, each["sweep"]) for each in (whole, stopping)]
+        assert found["told"] == [27, 27], f"MLflow has {found['told']} trials of the grid and with halving"
     finally:
         _run(home, "-m", "ray_jobs.cli", "down")
         shutil.rmtree(home, ignore_errors=True)
@@ -176,6 +195,7 @@ def main() -> None:
         space.write_text("\n".join(lines) + "\n")
         for seed in options.seeds:
             found = _compare(Path(folder), options, space, seed)
+            print(f"in MLflow, under one run each: {' and '.join(map(str, found['told']))} trials", file=sys.stderr)
             line = f"| {seed} | {found['halving_epochs_share']:.0%} | {found['grid_best']:.1%} |"
             line += f" {found['halving_choice']:.1%} |"
             if not options.without_frames:

@@ -143,8 +143,9 @@ class Progress:
         """One plain line of a trial that is over, with the best so far."""
         best = ranked(list(self.over.values()))[0]
         result = trial.reason or f"held-out {trial.rows[-1]['held_out/top1']:.1%}"
+        when = f"in epoch {trial.epochs + 1}" if trial.state == "diverged" else f"after epoch {trial.epochs}"
         return (
-            f"  {len(self.over)}/{self._total} {trial.state} after epoch {trial.epochs}, {result}: "
+            f"  {len(self.over)}/{self._total} {trial.state} {when}, {result}: "
             f"{described(trial.changes)}; best {_top1(best)} with {described(best.changes)}; {self.left()}"
         )
 

@@ -22,8 +22,10 @@ def scratch() -> Generator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder)
-        os.close(lock)
+        try:
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
 
 
 def _make() -> tuple[Path, int]:

@@ -52,6 +52,7 @@ class _Sweep:
         self.trained: list[tuple[int, int]] = []
         """Width and epoch of every row, in their order."""
         self.failing: set[int] = set()
+        self.diverging: set[int] = set()
         self.epochs_left = 9999
         """Before all is killed."""
         self._site = site
@@ -90,6 +91,9 @@ class _Sweep:
             if width in self.failing:
                 progress.fail(changes, "lost")
                 return
+            if width in self.diverging and epoch == RUNG:
+                progress.diverge(changes, "its loss is nan")
+                break
             self.epochs_left -= 1
             self.trained.append((width, epoch))
             score = width / 100 if epoch <= RUNG else 1 - width / 100
@@ -168,6 +172,19 @@ def test_trial_that_fails_after_the_rung_leaves_the_decision(site: Site, monkeyp
     assert set(sweep.go()) == set(WIDTHS) - {11}
     sweep.failing = set()
     assert _epochs(sweep.go()) == HALVED
+
+
+def test_a_sweep_says_how_far_each_trial_came(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.diverging = {4}
+    assert _epochs(sweep.go())[4] == ("diverged", RUNG - 1)
+    said = capsys.readouterr().out
+    assert f"epoch {RUNG}: 3 of 11 trials go on" in said
+    assert f"diverged in epoch {RUNG}, its loss is nan: gru_width 4" in said
+    assert f"stopped after epoch {RUNG}, held-out 9.0%: gru_width 9" in said
+    assert f"finished after epoch {EPOCHS}, held-out 90.0%: gru_width 10" in said
 
 
 def test_search_that_proposes_goes_to_the_rung_first(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
