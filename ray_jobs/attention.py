@@ -54,8 +54,8 @@ def draw_attention(
     `read_bytes` fetches trunk weights from s3://. Raises ValueError for a video that cannot be decoded, for a model
     whose trunk has no class activation maps, and for ImageNet weights that cannot be had.
     """
-    with scratch() as folder:
-        trained, card = load_model(fetch_model(tracking_uri, model, folder / "model"))
+    with scratch() as fetched:
+        trained, card = load_model(fetch_model(tracking_uri, model, fetched / "model"))
     if not trained.trunk.has_activation_maps:
         raise ValueError(f"{model} has trunk {card.model.trunk}, which has no class activation maps: nothing to draw")
     untouched = _untouched(card, read_bytes)

@@ -130,3 +130,4 @@ def test_newcomer_who_follows_the_guide_gets_a_model(local_site: Site, shared_da
     versions = client.search_model_versions("name='tavlad-mine-split1'")
     assert {each.version for each in versions} == {"1", "2"}  # the training's, and the sweep's best one's
     assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "attention" / "attention.png").is_file()

@@ -39,6 +39,7 @@ def test_grid_and_videos_show_the_trained_model_beside_its_untouched_trunk(tmp_p
     save_checkpoint(tmp_path / "model", model, card)
     videos = [_video(tmp_path / f"{name}.mp4", seed) for seed, name in enumerate("xyz")]
     drawn = draw_attention("", str(tmp_path / "model"), videos, tmp_path / "out", Console())
+    assert {path.parent for path in (drawn.grid, *drawn.overlays)} == {tmp_path / "out"}
     assert imread(drawn.grid).shape[1] > 300
     assert [path.name for path in drawn.overlays] == ["00_x.mp4", "01_y.mp4", "02_z.mp4"]
     with av.open(str(drawn.overlays[0])) as container:
