@@ -4,6 +4,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from tavlad.errors import UserError
+
 ENVIRONMENT = "environment"
 ROLE = "role"
 _ACCESS_KEY = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
@@ -27,7 +29,7 @@ def _from_environment(site: str, variables: tuple[str, str], environment: Mappin
     for variable in variables:
         if environment.get(variable):
             return environment[variable]
-    raise ValueError(f"the S3 keys of site {site!r} are not known: set {variables[0]} (or {variables[1]})")
+    raise UserError(f"the S3 keys of site {site!r} are not known: set {variables[0]} (or {variables[1]})")
 
 
 def _from_file(file: Path) -> tuple[str, str]:
@@ -35,9 +37,9 @@ def _from_file(file: Path) -> tuple[str, str]:
         mode, lines = file.stat().st_mode, file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ValueError(f"the S3 keys cannot be read from {file} ({reason}): write two lines to it") from error
+        raise UserError(f"the S3 keys cannot be read from {file} ({reason}): write two lines to it") from error
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise ValueError(f"{file} holds S3 keys and everybody can read it: chmod 600 {file}")
+        raise UserError(f"{file} holds S3 keys and everybody can read it: chmod 600 {file}")
     if len(lines) != 2:
-        raise ValueError(f"{file} must hold two lines, the access key and the secret key, and has {len(lines)}")
+        raise UserError(f"{file} must hold two lines, the access key and the secret key, and has {len(lines)}")
     return lines[0], lines[1]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from infra.s3_keys import ENVIRONMENT, find_keys
 from shards.store import S3Access, split_s3_uri
+from tavlad.errors import UserError
 
 _KEYS = {  # key of a site file -> variable that overrides it
     "ray_address": "TAVLAD_RAY_ADDRESS",
@@ -53,7 +54,7 @@ _RAY_ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _LOOPBACK = "127.0.0.1,localhost"
 
 
-class SiteError(ValueError):
+class SiteError(UserError):
     """The site is not described well enough, or a service of it does not run; the message says what to do."""
 
 

@@ -15,6 +15,7 @@ from shards.scratch import scratch
 from tavlad import figures
 from tavlad.backbone import load_weights
 from tavlad.checkpoint import ModelCard, load_model
+from tavlad.errors import UserError
 from tavlad.model import TaVlad
 
 _FRAMES_PER_SECOND = 5
@@ -57,7 +58,7 @@ def draw_attention(
     with scratch() as fetched:
         trained, card = load_model(fetch_model(tracking_uri, model, fetched / "model"))
     if not trained.trunk.has_activation_maps:
-        raise ValueError(f"{model} has trunk {card.model.trunk}, which has no class activation maps: nothing to draw")
+        raise UserError(f"{model} has trunk {card.model.trunk}, which has no class activation maps: nothing to draw")
     untouched = _untouched(card, read_bytes)
     clips: list[_Clip] = []
     with console.progress("clips drawn", len(videos)) as advance:

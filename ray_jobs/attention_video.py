@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shards.render import encode_video
+from tavlad.errors import UserError
 from tavlad.predict import Prediction
 
 _FRAMES_PER_SECOND = 5
@@ -25,7 +26,7 @@ def write_attention_video(
     ValueError if `path` does not end in .mp4.
     """
     if path.suffix.lower() != ".mp4":
-        raise ValueError(f"{path} is no .mp4 file: name one for the attention of {prediction.video}")
+        raise UserError(f"{path} is no .mp4 file: name one for the attention of {prediction.video}")
     height, width = frames_TCHW.shape[2:]
     scale = max(1, -(-_SIDE // min(height, width)))
     size = [2 * (scale * side // 2) for side in (height, width)]  # H.264 takes even sizes

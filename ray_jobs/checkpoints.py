@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from shards.store import Store
+from tavlad.errors import UserError
 
 _COMPLETE = "complete.json"
 
@@ -48,7 +49,7 @@ class Checkpoints:
             file = directory / place.rpartition("/")[2]
             self._store.download(f"{name}/{place}", file)
             if _sha256(file) != digest:
-                raise ValueError(
+                raise UserError(
                     f"{self._store.uri}/{name}/{place} is damaged (its SHA-256 differs): delete the checkpoint "
                     f"{self._store.uri}/{name} and run again; training goes on from the one before"
                 )

@@ -13,6 +13,7 @@ from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
 from ray_jobs.cli_settings import hand_over as _hand_over
 from ray_jobs.cli_settings import site as _site
+from tavlad.errors import UserError
 
 _USER_ERROR = 2
 
@@ -198,7 +199,7 @@ def pack(
         }
     )
     if len(packed.rejected) > max_rejected:
-        raise ValueError(
+        raise UserError(
             f"{len(packed.rejected)} videos were rejected (see {packed.uri}/rejected.parquet) and --max-rejected is "
             f"{max_rejected}: mend them and pack under another name, or allow them"
         )
@@ -227,7 +228,7 @@ def verify(
         console.say(f"  whole: {len(verified.index.clips_table)} clips of {verified.uri}")
     console.result(verified.document())
     if verified.problems:
-        raise ValueError(
+        raise UserError(
             f"{verified.uri} has {len(verified.problems)} problems; repair it with the command that packed it and "
             f"--repair: {verified.repair} (and the --layout and --splits it was packed with)"
         )
@@ -417,7 +418,7 @@ def evaluate(
     for pair in also or []:
         other, equals, other_set = pair.rpartition("=")
         if not (equals and other and other_set):
-            raise ValueError(f"--fuse {pair}: write it as MODEL=SET, such as tavlad-mine-flow-split1@best=mine-flow")
+            raise UserError(f"--fuse {pair}: write it as MODEL=SET, such as tavlad-mine-flow-split1@best=mine-flow")
         pairs.append((other, other_set))
     site, console = _site(), _console()
     from ray_jobs.evaluate import evaluate_model, fuse_evaluations

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ray_jobs.cli_settings import Settings, console, remote_site, show_output
+from tavlad.errors import UserError
 
 app = typer.Typer()
 site_app = typer.Typer(
@@ -111,7 +112,7 @@ def check(
     rows = [{"what": each.what, "fine": each.fine, "found": each.found, "remedy": each.remedy} for each in findings]
     out.result({"site": name, "fine": not failed, "checks": rows})
     if failed:
-        raise ValueError(f"{len(failed)} of {len(findings)} checks of site {name} failed: {failed[0].remedy}")
+        raise UserError(f"{len(failed)} of {len(findings)} checks of site {name} failed: {failed[0].remedy}")
 
 
 def _moment(milliseconds: int | None) -> str:

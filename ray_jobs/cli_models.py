@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ray_jobs.cli_settings import BAD_VIDEO, console, site
+from tavlad.errors import UserError
 
 app = typer.Typer()
 
@@ -156,9 +157,9 @@ def predict(
         seconds = seconds_of(window)
         windows = Windows(seconds=seconds, stride=seconds / 2 if stride is None else seconds_of(stride))
     elif stride is not None:
-        raise ValueError("--stride says how far apart windows begin: give --window too")
+        raise UserError("--stride says how far apart windows begin: give --window too")
     if attention is not None and windows is not None:
-        raise ValueError("--attention shows whole videos: leave --window out")
+        raise UserError("--attention shows whole videos: leave --window out")
     options = PredictOptions(top=top, windows=windows, attention=attention, json_lines=json, parquet=parquet)
     found = find_videos(videos)
     # A directory needs no services.
@@ -222,7 +223,7 @@ def serve(
     `tavlad serve tavlad-hmdb51-split1@best --host 0.0.0.0 --token-file token.txt --replicas 4`
     """
     if token_file is not None and not token_file.is_file():
-        raise ValueError(f"{token_file} does not exist: write the token into it")
+        raise UserError(f"{token_file} does not exist: write the token into it")
     token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
     chosen = site()
     _require_serve()
@@ -238,7 +239,7 @@ def _require_serve() -> None:
     """ValueError that names the extra when Ray Serve's own requirements are not installed."""
     missing = [name for name in ("fastapi", "python_multipart", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"serving needs {', '.join(missing)}: install the extra `serve`, pip install 'tavlad[serve]'")
+        raise UserError(f"serving needs {', '.join(missing)}: install the extra `serve`, pip install 'tavlad[serve]'")
 
 
 def _show(rows: list[dict[str, Any]], timeline: bool) -> None:

@@ -24,6 +24,7 @@ from shards.transforms import crop_clip
 from shards.video import VideoError, decode_clip, decode_windows
 from tavlad.checkpoint import ModelCard
 from tavlad.clip import uniform_frame_indices
+from tavlad.errors import UserError
 
 _PACKED_QUALITY = 90  # where the model's card does not say
 _CLIPS_AHEAD = 4
@@ -45,7 +46,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not (self.seconds > 0 and self.stride > 0):
-            raise ValueError(f"a window of {self.seconds} s every {self.stride} s: both must be above 0")
+            raise UserError(f"a window of {self.seconds} s every {self.stride} s: both must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ def clips_of(video: str, source: Source, card: ModelCard, windows: Windows | Non
         yield SeenClip(video=video, start=None, end=None, frames_TCHW=clip_of(source, card))
         return
     if card.model.modality != "rgb":
-        raise ValueError(f"a model of {card.model.modality} sees whole videos: leave the windows out, or cut the video")
+        raise UserError(f"a model of {card.model.modality} sees whole videos: leave the windows out, or cut the video")
     for window in decode_windows(source, card.num_frames, card.short_side, windows.seconds, windows.stride):
         frames_TCHW = _as_packed(window.frames_THWC, card)
         yield SeenClip(video=video, start=window.start, end=window.end, frames_TCHW=frames_TCHW)

@@ -10,6 +10,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.site import Site, job_variables
+from tavlad.errors import UserError
 
 NODE_OUT_OF_MEMORY = (
     "a node ran out of memory, and Ray ended a process of this: lower training.batch_size or "
@@ -35,7 +36,7 @@ def connect(site: Site) -> None:
             configure_logging=True,
         )
     except ConnectionError as error:
-        raise ValueError(
+        raise UserError(
             f"no Ray cluster answers at {site.ray_address} (site {site.name}): start it, or correct ray_address"
         ) from error
 
@@ -83,12 +84,12 @@ def result_of(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except OutOfMemoryError as error:
-        raise ValueError(NODE_OUT_OF_MEMORY) from error
+        raise UserError(NODE_OUT_OF_MEMORY) from error
     except RayTaskError as error:
         if isinstance(error.cause, ValueError):
             raise error.cause from None
         if (text := lack_of_memory(error.cause)) is not None:
-            raise ValueError(text) from error
+            raise UserError(text) from error
         raise
 
 

@@ -26,6 +26,7 @@ from shards.plan import PackOptions
 from shards.render import render_videos
 from shards.scenes import PAIRS
 from shards.video import decode_clip
+from tavlad.errors import UserError
 from tavlad.registry_queries import registered_models
 
 NUM_FRAMES = 16
@@ -69,7 +70,7 @@ class _Clock:
 def run_demo(site: Site, folder: Path | None, name: str | None, workers: int, console: Console) -> dict[str, Any]:
     """Videos, packing, two trainings, registration, prediction in a fresh process, a report; returns the summary."""
     if site.state is None:
-        raise ValueError("the demo runs on this machine alone: leave --site out")
+        raise UserError("the demo runs on this machine alone: leave --site out")
     clock = _Clock()
     with clock.step("videos"):
         data = _own_videos(folder, name) if folder is not None else _rendered_videos(site.state, console)
@@ -148,7 +149,7 @@ def _predict(site: Site, data: _Data, packed: Packed, model: str, console: Conso
     command = [sys.executable, "-m", "ray_jobs.cli", "--json", "predict", f"{model}@best", *map(str, videos), "--top=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ValueError(f"the prediction failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"the prediction failed: {done.stderr.strip().splitlines()[-1]}")
     predictions = json.loads(done.stdout.splitlines()[-1])["predictions"]
     said = {Path(each["video"]): each for each in predictions}
     console.table(

@@ -17,6 +17,7 @@ from shards.read import ClipLoader, LoaderOptions
 from shards.scratch import scratch
 from shards.store import open_store
 from tavlad.checkpoint import load_model
+from tavlad.errors import UserError
 from tavlad.evaluate import evaluate
 from tavlad.metrics import Scores, fuse
 
@@ -56,7 +57,7 @@ def _evaluate(site_name: str, name: str, dataset: str, split: int, part: Literal
     index = load_index(store)
     known = (card.actions, card.num_frames, card.model.modality)
     if (index.actions, index.num_frames, index.modality) != known:
-        raise ValueError(
+        raise UserError(
             f"{name} tells {len(card.actions)} actions apart in clips of {card.num_frames} frames "
             f"({card.model.modality}), and {store.uri} has {len(index.actions)} actions in clips of {index.num_frames} "
             f"({index.modality}): evaluate it on a set like the one it knows"

@@ -15,6 +15,7 @@ from shards.read_ahead import read_ahead
 from shards.transforms import draw_slot, views_of
 from tavlad.clip import FeatureBatch, Features, PooledBatch
 from tavlad.config import StageConfig
+from tavlad.errors import UserError
 from tavlad.model import TaVlad
 
 
@@ -185,7 +186,7 @@ def entries_of(features: Features, dtype: np.dtype) -> Iterator[Entry]:
     maps = features.maps_BTDHW.float().cpu().numpy()
     activations = None if features.activation_BTHW is None else features.activation_BTHW.float().cpu().numpy()
     if np.abs(maps).max(initial=0.0) > np.finfo(dtype).max:
-        raise ValueError(
+        raise UserError(
             f'the trunk\'s features do not fit into {dtype}: set features.dtype = "float32", or train from frames '
             '(the stage\'s features = "never")'
         )

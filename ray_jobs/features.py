@@ -28,6 +28,7 @@ from shards.store import Store, open_store
 from shards.transforms import VIEWS, views_of
 from tavlad.clip import FeatureKind, Features
 from tavlad.config import StageConfig
+from tavlad.errors import UserError
 from tavlad.memory import keep_freed_memory
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
@@ -98,10 +99,10 @@ def feature_set(
     """The feature set of a data set, a trunk, which of its maps, and the way it is run; empty until filled. ValueError
     for a trunk that has no such map, or that joins frames: features are kept of frames alone."""
     if model.trunk.joins_frames:
-        raise ValueError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
+        raise UserError(f'features of model.trunk = "{recipe.model.trunk}" are not kept: it joins frames')
     training = recipe.training
     if kind == "early" and not model.trunk.has_early_map:
-        raise ValueError(
+        raise UserError(
             f'model.trunk = "{recipe.model.trunk}" is not cut below its last block, so nothing of it can be stored for '
             'a stage that trains the trunk: set the stage\'s features = "never"'
         )
@@ -342,7 +343,7 @@ def decide(wanted: str, load: Workload, rates: Rates, entry_bytes: int, budget_g
         over = f"features of {load.num_views} views a clip would take {size}, features.budget_gigabytes is "
         over += f"{budget_gigabytes:g}"
         if wanted == "always":
-            raise ValueError(f"{over}: raise it, or lower training.num_views")
+            raise UserError(f"{over}: raise it, or lower training.num_views")
         return Decision(use_features=False, reason=f"from frames: {over}")
     saved = load.from_frames - load.from_features
     frames = load.from_frames * rates.compute
@@ -409,7 +410,7 @@ def _check_budget(
         return
     train, test = (len(index.clips(split, part)) for part in ("train", "test"))
     fitting = max(0, int((budget / features.entry_bytes - test) // train))
-    raise ValueError(
+    raise UserError(
         f"{num_views} views a clip would take {num_bytes / _GIGABYTE:.1f} GB, and features.budget_gigabytes is "
         f"{recipe.features.budget_gigabytes:g}: raise it" + (f", or choose --views {fitting}" if fitting else "")
     )

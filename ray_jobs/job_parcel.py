@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_jobs.recipe import load_recipe
+from tavlad.errors import UserError
 
 SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "tune", "evaluate", "register", "reproduce"})
 """The verbs that another site's cluster does as a job; all others are done where they are called."""
@@ -58,12 +59,12 @@ def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], 
             inputs |= {f"{place}/{path}" if path else place: file for path, file in files.items()}
             renamed[str(value)] = place
         elif isinstance(value, Path) and not value.is_absolute():
-            raise ValueError(
+            raise UserError(
                 f"{value} is on this machine, and {verb} is done by the cluster: give an absolute path that all its "
                 "nodes see"
             )
     if verb == "reproduce" and values.get("to") is None:
-        raise ValueError("reproduce is done by the cluster: give --to an absolute path that outlives the job")
+        raise UserError("reproduce is done by the cluster: give --to an absolute path that outlives the job")
     if "recipe" in values:
         recipe = load_recipe(values["recipe"], values["change"], values["dataset"])
         identity["recipe"] = recipe.fingerprint(dataset=recipe.dataset)
@@ -100,7 +101,7 @@ def _files(given: Path) -> dict[str, Path]:
     else:
         found = {path.relative_to(given).as_posix(): path for path in sorted(given.rglob("*")) if path.is_file()}
     if sum(path.stat().st_size for path in found.values()) > _MAX_INPUT_BYTES:
-        raise ValueError(f"{given} is larger than {_MAX_INPUT_BYTES // 1_000_000} MB: it does not travel with a job")
+        raise UserError(f"{given} is larger than {_MAX_INPUT_BYTES // 1_000_000} MB: it does not travel with a job")
     return found
 
 

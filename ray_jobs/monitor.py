@@ -58,13 +58,13 @@ class EpochDone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UserError:
+class Stopped:
     """Something the user must mend; starting again would not help."""
 
     text: str
 
 
-News = Started | Said | Lost | Leaving | Stepped | EpochDone | UserError
+News = Started | Said | Lost | Leaving | Stepped | EpochDone | Stopped
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
@@ -81,7 +81,7 @@ class _Monitor:
         self._newest: str | None = None
 
     def tell(self, news: News) -> None:
-        if isinstance(news, UserError):
+        if isinstance(news, Stopped):
             self._error = self._error or news.text
         if isinstance(news, Leaving):
             self._is_leaving = True
@@ -116,7 +116,7 @@ class _Monitor:
                 f"{cause}; it was started again {max_restarts} times without reaching a new checkpoint "
                 "(resources.max_restarts): what the workers said is in Ray's logs"
             )
-            self._news.append(UserError(text=self._error))
+            self._news.append(Stopped(text=self._error))
             return None
         # The first time at once: most losses are a machine's, and happen once.
         pause = 0.0 if self._restarts == 1 else min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._restarts - 2))

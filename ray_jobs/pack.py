@@ -18,6 +18,7 @@ from shards.plan import PackOptions, PackPlan, plan_packing
 from shards.repair import index_to_keep, numbers_of, repair_rejected, repair_shard
 from shards.store import Store, open_store
 from shards.verify import Problem, rows_by_shard, verify_shard
+from tavlad.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +108,7 @@ def _repair(
     task = _repair_shard.options(num_cpus=threads)
     for left in run_tasks(task, calls, "videos packed again", num_clips, console):
         if left:
-            raise ValueError(f"{left[0]} even after it was packed again: the store does not keep what is written to it")
+            raise UserError(f"{left[0]} even after it was packed again: the store does not keep what is written to it")
     if REJECTED_PATH in damaged:
         repair_rejected(plan, index, store)
     for path in damaged - rows.keys() - {REJECTED_PATH}:

@@ -12,6 +12,7 @@ from shards.disk_cache import DiskCache
 from shards.index import Index, load_index, share_of
 from shards.store import Store, open_store
 from tavlad.config import StageConfig
+from tavlad.errors import UserError
 
 _RESULT_FORMAT = 2  # raise it when the same recipe would no longer compute the same
 
@@ -77,7 +78,7 @@ def open_set(site: Site, dataset: str, recipe: Recipe) -> tuple[Store, Index]:
     store = open_store(locate_set(site, dataset), site.s3)
     index = load_index(store)
     if index.modality != recipe.model.modality:
-        raise ValueError(
+        raise UserError(
             f"{index.name!r} is a set of {index.modality} and model.modality is {recipe.model.modality!r}: add "
             f"--set model.modality={index.modality}, or choose a set packed with --modality {recipe.model.modality}"
         )
@@ -100,7 +101,7 @@ def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan,
     """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
     recipe.model.require_network()
     if recipe.stage1.epochs + recipe.stage2.epochs == 0:
-        raise ValueError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
+        raise UserError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
     return plan_run(site, recipe, split)
 
 

@@ -15,6 +15,7 @@ from ray_jobs.models import fetch_model
 from ray_jobs.served_model import Answer, ServedModel
 from shards.scratch import scratch
 from shards.table import TableWriter
+from tavlad.errors import UserError
 
 _SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv", ".3gp", ".flv", ".ts"}
 _COLUMNS = {"video": str, "start": float, "end": float, "rank": int, "action": str, "probability": float}
@@ -51,7 +52,7 @@ def predict_videos(
     with scratch() as folder:
         served = ServedModel(fetch_model(tracking_uri, model, folder / "model"))
     if options.attention is not None and options.attention.suffix and len(videos) > 1:
-        raise ValueError(f"{options.attention} holds the attention of one video: name a folder for {len(videos)}")
+        raise UserError(f"{options.attention} holds the attention of one video: name a folder for {len(videos)}")
     rows: list[dict[str, Any]] = []
     failures: list[tuple[str, str]] = []
     num_rows, num_begun, current = 0, 0, ""
@@ -88,11 +89,11 @@ def find_videos(named: Sequence[str]) -> list[Path]:
         if path.is_dir():
             here = sorted(each for each in path.rglob("*") if each.suffix.lower() in _SUFFIXES and each.is_file())
             if not here:
-                raise ValueError(f"{path} holds no video: none of its files ends in {', '.join(sorted(_SUFFIXES))}")
+                raise UserError(f"{path} holds no video: none of its files ends in {', '.join(sorted(_SUFFIXES))}")
         elif not path.exists() and glob.has_magic(text):
             here = sorted(Path(each) for each in glob.glob(text, recursive=True))  # noqa: PTH207 - absolute ones too
             if not here:
-                raise ValueError(f"no file matches {text}: correct the pattern, or name a folder")
+                raise UserError(f"no file matches {text}: correct the pattern, or name a folder")
         else:
             here = [path]
         found |= dict.fromkeys(here)
@@ -112,7 +113,7 @@ def seconds_of(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"{text!r} is no length of time: write seconds above 0, such as 4s, 500ms or 1m")
+        raise UserError(f"{text!r} is no length of time: write seconds above 0, such as 4s, 500ms or 1m")
     return seconds
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tavlad.config import STAGE1, STAGE2, CodebookConfig, FeatureConfig, ModelConfig, StageConfig, TrainingConfig, parse
+from tavlad.errors import UserError
 from tavlad.parallel import quick_precision
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -58,19 +59,19 @@ class ResourceConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.fewest_workers <= self.most_workers:
-            raise ValueError(f'resources.workers = {self.workers!r}: must be at least 1, or a range such as "2-8"')
+            raise UserError(f'resources.workers = {self.workers!r}: must be at least 1, or a range such as "2-8"')
         if self.reduce == "deterministic" and self.most_workers > self.virtual_ranks:
-            raise ValueError(
+            raise UserError(
                 f"resources.virtual_ranks = {self.virtual_ranks}: must be at least the number of workers "
                 f'({self.most_workers}) with resources.reduce = "deterministic"'
             )
         for name in ("prefetch_batches", "virtual_ranks", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
+                raise UserError(f"resources.{name} = {getattr(self, name)}: must be at least 1")
         not_negative = ("gpus_per_worker", "cpus_per_worker", "memory_per_worker", "disk_cache", "checkpoint_steps")
         for name in (*not_negative, "loader_threads", "max_restarts", "resize_seconds"):
             if getattr(self, name) < 0:
-                raise ValueError(f"resources.{name} = {getattr(self, name)}: must not be negative")
+                raise UserError(f"resources.{name} = {getattr(self, name)}: must not be negative")
 
     @property
     def unmeasured_threads(self) -> int:
@@ -112,12 +113,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, stage in {"stage1": self.stage1, "stage2": self.stage2}.items():
             if stage.features == "always" and self.training.views != "corner-scale":
-                raise ValueError(
+                raise UserError(
                     f'{name}.features = "always" needs training.views = "corner-scale" (now "{self.training.views}"): '
                     "of TSN's 260 views a clip nothing is stored"
                 )
             if stage.features == "always" and self.model.temporal == "conv3d":
-                raise ValueError(
+                raise UserError(
                     f'{name}.features = "always" needs a trunk of frames: of "conv3d" nothing is stored; choose "never"'
                 )
 
@@ -143,7 +144,7 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+        raise UserError(f"{path} is not TOML: {error}") from None
     for change in changes or []:
         _apply(values, change)
     if dataset is not None:
@@ -152,11 +153,11 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
     if isinstance(model, dict) and _is_local_file(model.get("weights")):
         model["weights"] = str(Path(model["weights"]).absolute())  # workers run in folders of their own
     if "dataset" not in values:
-        raise ValueError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
+        raise UserError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
     try:
         return _with_precision(parse(Recipe, values))
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+        raise UserError(f"{path.name}: {error}") from None
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
@@ -177,10 +178,10 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
-            raise ValueError(f"recipe {path} does not exist: give a TOML file or one of {', '.join(known_recipes())}")
+            raise UserError(f"recipe {path} does not exist: give a TOML file or one of {', '.join(known_recipes())}")
         return path
     if name not in known_recipes():
-        raise ValueError(f"no recipe is named {name}: give a TOML file or one of {', '.join(known_recipes())}")
+        raise UserError(f"no recipe is named {name}: give a TOML file or one of {', '.join(known_recipes())}")
     return RECIPES / f"{name}.toml"
 
 
@@ -196,7 +197,7 @@ def known_recipes() -> list[str]:
 def _apply(values: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set {change}: write it as table.key=value, such as stage1.lr=0.005")
+        raise UserError(f"--set {change}: write it as table.key=value, such as stage1.lr=0.005")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -204,7 +205,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
     *tables, last = key.strip().split(".")
     for table in tables:
         if not isinstance(values.setdefault(table, {}), dict):
-            raise ValueError(f"--set {change}: {table} is a value, not a table of keys")
+            raise UserError(f"--set {change}: {table} is a value, not a table of keys")
         values = values[table]
     values[last] = value
 

@@ -22,6 +22,7 @@ from shards.table import write_table
 from tavlad import figures
 from tavlad.checkpoint import STATE, load_model
 from tavlad.config import NO_ACTIVATION_MAPS
+from tavlad.errors import UserError
 from tavlad.metrics import Scores
 from tavlad.registry import Registered, register
 from tavlad.tracking import Tracker
@@ -60,7 +61,7 @@ def register_finished(site: Site, recipe: Recipe, split: int, console: Console) 
     """Register a training that is done. Raises ValueError when its last checkpoint is not there yet."""
     plan, index = plan_training(site, recipe, split)
     if plan.last_checkpoint not in plan.checkpoints(site).names():
-        raise ValueError(
+        raise UserError(
             f"the training {plan.name} is not done: run `tavlad train` with the same recipe and split first"
         )
     with RunRecords(site, plan, index) as records:

@@ -23,6 +23,7 @@ from ray_jobs.train import train
 from shards.index import INDEX_PATH
 from shards.store import open_store
 from tavlad.config import StageConfig
+from tavlad.errors import UserError
 from tavlad.metrics import fuse
 
 _OUTCOME = "outcome.json"
@@ -44,14 +45,14 @@ class ReproduceOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.subset <= 1:
-            raise ValueError(f"--subset {self.subset}: must be above 0 and at most 1")
+            raise UserError(f"--subset {self.subset}: must be above 0 and at most 1")
         if self.epochs_scale <= 0:
-            raise ValueError(f"--epochs-scale {self.epochs_scale}: must be above 0")
+            raise UserError(f"--epochs-scale {self.epochs_scale}: must be above 0")
         known = [row.recipe for row in published_table(self.table) if row.recipe is not None]
         for flag, rows in (("--rows", self.rows), ("--set", [row for row, _ in map(_addressed, self.changes) if row])):
             for row in rows:
                 if row not in known:
-                    raise ValueError(f"{flag} {row}: table {self.table} has the rows {', '.join(known)}")
+                    raise UserError(f"{flag} {row}: table {self.table} has the rows {', '.join(known)}")
 
     def changes_of(self, recipe: str) -> list[str]:
         """Those of every recipe, and after them its own."""
@@ -101,7 +102,7 @@ def reproduce(
         if entry.failure
     ]
     if failures:
-        raise ValueError(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
+        raise UserError(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
     return document
 
 
@@ -175,7 +176,7 @@ def _fused(site: Site, entry: Entry, options: ReproduceOptions) -> Outcome:
         part = dataclasses.replace(entry, row=rows[name])
         plan, _ = plan_training(site, _recipe(name, part.trained_on, options), entry.split)
         if plan.last_checkpoint not in plan.checkpoints(site).names():
-            raise ValueError(f"{name}, which it fuses, is not done")
+            raise UserError(f"{name}, which it fuses, is not done")
         plans.append(plan)
     scores = fuse([finished_scores(site, plan) for plan in plans])
     return Outcome(

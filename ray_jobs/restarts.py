@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY
-from ray_jobs.monitor import Leaving, Monitor, Said, UserError
+from ray_jobs.monitor import Leaving, Monitor, Said, Stopped
 from ray_jobs.notice import give_notice
 from ray_jobs.plan import TrainingPlan
 
@@ -76,7 +76,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 
     def _lost(self, error: TrainingFailedError) -> None:
         if lacked_memory(error):
-            self._monitor.tell_surely(UserError(text=NODE_OUT_OF_MEMORY))
+            self._monitor.tell_surely(Stopped(text=NODE_OUT_OF_MEMORY))
         elif _is_preemption_failure(error) and not self._monitor.has_left():
             self._monitor.tell_surely(Leaving(text="a node was taken away: starting again"))
         seconds = self._monitor.lost(cause_of(error), self._plan)

@@ -22,6 +22,7 @@ from ray_jobs.http_app import Backend, Limits, Ranked, digest_of_token, make_app
 from ray_jobs.models import fetch_model
 from shards.scratch import scratch
 from shards.store import open_store
+from tavlad.errors import UserError
 from tavlad.predict import Predictor
 
 _APP = "tavlad"
@@ -45,19 +46,19 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         if not _is_loopback(self.host) and not self.token:
-            raise ValueError(
+            raise UserError(
                 f"{self.host} can be reached from other machines: give --token-file FILE, or serve on 127.0.0.1"
             )
         for name in ("replicas", "max_megabytes", "seconds"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+                raise UserError(f"{name} is {getattr(self, name)}: it must be above 0")
 
 
 def serve_model(site: Site, model: str, options: ServeOptions, console: Console) -> None:
     """Serve until this process is interrupted or terminated. ValueError when the cluster serves something already."""
     connect(site)
     if serve.status().proxies:
-        raise ValueError("this cluster serves something already, on the one address it has: end that first")
+        raise UserError("this cluster serves something already, on the one address it has: end that first")
     limits = Limits(
         max_bytes=options.max_megabytes * 1_000_000,
         seconds=options.seconds,
@@ -111,12 +112,12 @@ class Replica:
     def _read(self, uri: str, max_bytes: int) -> bytes:
         prefix = f"s3://{self._site.bucket}/"
         if not uri.startswith(prefix):
-            raise ValueError(f"{uri!r} is not in this site's bucket: URIs begin with {prefix}")
+            raise UserError(f"{uri!r} is not in this site's bucket: URIs begin with {prefix}")
         store = open_store(prefix, self._site.s3)
         path = uri.removeprefix(prefix)
         size = store.size(path)
         if size > max_bytes:
-            raise ValueError(f"{uri} has {size} bytes: at most {max_bytes} are taken")
+            raise UserError(f"{uri} has {size} bytes: at most {max_bytes} are taken")
         return store.read(path)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ray_jobs.clips import SeenClip, Source, UnusableVideo, Windows, read_ahead
 from tavlad.config import ModelConfig
+from tavlad.errors import UserError
 from tavlad.predict import Prediction, Predictor
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ServedModel:
             sources_of(model_input), int(settings.get("top", DEFAULT_TOP)), attention=wants_attention
         ):
             if isinstance(answer, UnusableVideo):
-                raise ValueError(answer.reason)
+                raise UserError(answer.reason)
             for row in answer.predictions:
                 maps = [answer.attention_Thw if row.rank == 1 else None] if wants_attention else []
                 rows.append([getattr(row, name) for name, _ in COLUMNS] + maps)
@@ -128,9 +129,7 @@ def sources_of(model_input: Any) -> list[Source]:
     values = model_input
     if isinstance(values, pd.DataFrame):
         if values.shape[1] != 1:
-            raise ValueError(
-                f"a table of videos has one column, of paths or bytes; this one has {list(values.columns)}"
-            )
+            raise UserError(f"a table of videos has one column, of paths or bytes; this one has {list(values.columns)}")
         values = values.iloc[:, 0]
     if isinstance(values, Tensor):
         values = values.numpy()
@@ -139,7 +138,7 @@ def sources_of(model_input: Any) -> list[Source]:
     if isinstance(values, pd.Series):
         values = values.tolist()
     if not isinstance(values, list | tuple | np.ndarray):
-        raise ValueError(f"cannot predict from {type(values).__name__}: pass paths, bytes or uint8 frames")
+        raise UserError(f"cannot predict from {type(values).__name__}: pass paths, bytes or uint8 frames")
     return [_source_of(value) for value in values]
 
 
@@ -148,7 +147,7 @@ def _source_of(value: Any) -> Source:
         value = value.numpy()
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim != 4 or value.shape[1] != 3 or not len(value):
-            raise ValueError(
+            raise UserError(
                 f"frames are {value.dtype} of shape {value.shape}: "
                 "pass uint8 RGB frames of shape (T, 3, H, W) for a clip, (B, T, 3, H, W) for several"
             )
@@ -157,7 +156,7 @@ def _source_of(value: Any) -> Source:
         return bytes(value)
     if isinstance(value, str | Path | bytes):
         return value
-    raise ValueError(f"cannot predict from {type(value).__name__}: pass a path, bytes or uint8 frames for each video")
+    raise UserError(f"cannot predict from {type(value).__name__}: pass a path, bytes or uint8 frames for each video")
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:  # pyright: ignore[reportUnusedFunction]

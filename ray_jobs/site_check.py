@@ -14,6 +14,7 @@ from infra.site import Site, load_site
 from infra.site_check import MAX_SKEW_S, Finding, check_clocks, check_mlflow, check_s3
 from ray_jobs.recipe import ResourceConfig
 from shards.scratch import scratch
+from tavlad.errors import UserError
 
 _PROBE_S = 180.0
 _MARK = "tavlad-site-probe:"
@@ -149,13 +150,13 @@ def _run_probe(site: Site) -> dict[str, Any]:
     while not client.get_job_status(job).is_terminal():
         if time.time() - began > _PROBE_S:
             client.stop_job(job)
-            raise ValueError(f"{job} did not end in {_PROBE_S:.0f} s")
+            raise UserError(f"{job} did not end in {_PROBE_S:.0f} s")
         time.sleep(0.25)
     ended, text = time.time(), client.get_job_logs(job)
     answers = [line.removeprefix(_MARK) for line in text.splitlines() if line.startswith(_MARK)]
     if not answers:
         lines = [line for line in text.strip().splitlines() if line.strip()]
-        raise ValueError(f"{job} failed: {lines[-1] if lines else client.get_job_info(job).message}")
+        raise UserError(f"{job} failed: {lines[-1] if lines else client.get_job_info(job).message}")
     report = json.loads(answers[-1])
     # The job said its time at some moment between: only what lies outside is surely skew.
     report["skew"] = max(0.0, began - report["time"], report["time"] - ended)

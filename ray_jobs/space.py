@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ray_jobs.recipe import Recipe, change_recipe
+from tavlad.errors import UserError
 
 Changes = dict[str, Any]
 """Fields of a recipe by dotted name, such as {"stage1.lr": 0.003}."""
@@ -57,7 +58,7 @@ class Range:
     def grid(self) -> tuple[float | int, ...]:
         """The values of a grid. ValueError without `points`."""
         if not self.points:
-            raise ValueError(
+            raise UserError(
                 f"{self.field} is a range, and a grid needs values: list them, or add points = 3 to the range"
             )
         at = [step / max(1, self.points - 1) for step in range(self.points)]
@@ -91,15 +92,15 @@ def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
         searched = {name: value for name, value in DEFAULT_SPACE["model"].items() if name not in recipe.model.unused}
         return parse_space(DEFAULT_SPACE | {"model": searched}, recipe)
     if not path.is_file():
-        raise ValueError(f"the space {path} does not exist: give a TOML file, or leave --space out")
+        raise UserError(f"the space {path} does not exist: give a TOML file, or leave --space out")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+        raise UserError(f"{path} is not TOML: {error}") from None
     try:
         return parse_space(values, recipe)
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+        raise UserError(f"{path.name}: {error}") from None
 
 
 def parse_space(values: Mapping[str, Any], recipe: Recipe) -> tuple[Dimension, ...]:
@@ -111,7 +112,7 @@ def parse_space(values: Mapping[str, Any], recipe: Recipe) -> tuple[Dimension, .
         without_effect |= {f"model.{field}": why for field in recipe.model.unused}
     dimensions = tuple(_dimension(name, value, recipe, without_effect) for name, value in leaves)
     if not dimensions:
-        raise ValueError("the space has no dimension: give a field values, such as stage1.lr = [0.001, 0.01]")
+        raise UserError("the space has no dimension: give a field values, such as stage1.lr = [0.001, 0.01]")
     for dimension in dimensions:
         for value in dimension.values if isinstance(dimension, Choice) else dimension.ends:
             changed(recipe, {dimension.field: value})
@@ -164,39 +165,39 @@ def _dimension(name: str, value: Any, recipe: Recipe, without_effect: Mapping[st
     known = recipe.flat()
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-        raise ValueError(f"{name} is no field of a recipe" + (f": did you mean {near[0]}?" if near else ""))
+        raise UserError(f"{name} is no field of a recipe" + (f": did you mean {near[0]}?" if near else ""))
     for prefix, why in without_effect.items():
         if name.startswith(prefix):
-            raise ValueError(f"{name} cannot be a dimension: {why}")
+            raise UserError(f"{name} cannot be a dimension: {why}")
     if isinstance(value, list):
         values = tuple(cast(list[Any], value))
         if not values or len(set(map(repr, values))) < len(values):
-            raise ValueError(f"{name} = {value}: list at least one value, none twice")
+            raise UserError(f"{name} = {value}: list at least one value, none twice")
         return Choice(field=name, values=values)
     if isinstance(value, dict):
         return _range(name, cast(dict[str, Any], value), known[name])
-    raise ValueError(f"{name} = {value!r}: give a list of values, or {{ low = ..., high = ... }}")
+    raise UserError(f"{name} = {value!r}: give a list of values, or {{ low = ..., high = ... }}")
 
 
 def _range(name: str, value: dict[str, Any], current: Any) -> Range:
     unknown = value.keys() - {"low", "high", "scale", "points"}
     if unknown or not {"low", "high"} <= value.keys():
-        raise ValueError(f"{name} = {value}: a range has low and high, and maybe scale and points")
+        raise UserError(f"{name} = {value}: a range has low and high, and maybe scale and points")
     if not _is_number(current):
-        raise ValueError(f"{name} is not a number: list its values")
+        raise UserError(f"{name} is not a number: list its values")
     low, high, points = value["low"], value["high"], value.get("points", 0)
     whole = isinstance(current, int)
     if not all(
         _is_number(bound) and math.isfinite(bound) and not (whole and bound != int(bound)) for bound in (low, high)
     ):
-        raise ValueError(f"{name} = {value}: low and high must be {'whole ' if whole else ''}numbers")
+        raise UserError(f"{name} = {value}: low and high must be {'whole ' if whole else ''}numbers")
     if not low < high:
-        raise ValueError(f"{name} = {value}: low must be below high")
+        raise UserError(f"{name} = {value}: low must be below high")
     scale = value.get("scale", "linear")
     if scale not in ("linear", "log") or (scale == "log" and low <= 0):
-        raise ValueError(f'{name} = {value}: scale is "linear", or "log" for bounds above 0')
+        raise UserError(f'{name} = {value}: scale is "linear", or "log" for bounds above 0')
     if not isinstance(points, int) or isinstance(points, bool) or points < 0:
-        raise ValueError(f"{name} = {value}: points must be a whole number, at least 1")
+        raise UserError(f"{name} = {value}: points must be a whole number, at least 1")
     return Range(field=name, low=float(low), high=float(high), scale=scale, whole=whole, points=points)
 
 

@@ -22,6 +22,7 @@ from ray_jobs.console import Console
 from ray_jobs.job_parcel import Parcel, fill_working_folder
 from ray_jobs.run_records import git_commit
 from shards.scratch import scratch
+from tavlad.errors import UserError
 
 _ATTEMPT = re.compile(r"(tavlad-[a-z]+-[0-9a-f]{12})-(\d+)")
 # Each sets its own level when it is imported, whatever its parents' is.
@@ -131,7 +132,7 @@ def stop(site: Site, job: str) -> bool:
             if client.get_job_info(job).status.is_terminal():
                 return was_running
             time.sleep(_SECONDS_BETWEEN_TRIES)
-    raise ValueError(f"{job} does not end after {_TRIES * _SECONDS_BETWEEN_TRIES:.0f} s: look at it in Ray's dashboard")
+    raise UserError(f"{job} does not end after {_TRIES * _SECONDS_BETWEEN_TRIES:.0f} s: look at it in Ray's dashboard")
 
 
 async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> str:
@@ -185,16 +186,16 @@ def _errors(site: Site) -> Generator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise ValueError(
+        raise UserError(
             f"{place} refuses the Ray token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file of the "
             "cluster's token (or RAY_AUTH_TOKEN)"
         ) from error
     except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
-        raise ValueError(
+        raise UserError(
             f"no Ray jobs API answers at {place}: check ray_dashboard, and that the cluster runs"
         ) from error
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
         if "404" in str(error) or "does not exist" in str(error):
-            raise ValueError(f"{place} knows no such job: `tavlad --site {site.name} jobs` lists them") from error
-        raise ValueError(f"{place} refused the request: {lines[-1] if lines else error}") from error
+            raise UserError(f"{place} knows no such job: `tavlad --site {site.name} jobs` lists them") from error
+        raise UserError(f"{place} refused the request: {lines[-1] if lines else error}") from error

@@ -28,6 +28,7 @@ from shards.held_out import held_out
 from shards.index import Index
 from shards.store import Store, open_store
 from tavlad.config import STAGE2, StageConfig
+from tavlad.errors import UserError
 from tavlad.metrics import Scores
 
 Search = Literal["random", "grid", "optuna"]
@@ -65,21 +66,19 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         if self.search == "grid" and self.trials is not None:
-            raise ValueError(
-                "a grid has as many trials as combinations: leave --trials out, or search random or optuna"
-            )
+            raise UserError("a grid has as many trials as combinations: leave --trials out, or search random or optuna")
         if self.search != "grid" and self.trials is None:
-            raise ValueError(f"--search {self.search} needs --trials N")
+            raise UserError(f"--search {self.search} needs --trials N")
         if self.trials is not None and self.trials < 1:
-            raise ValueError(f"--trials {self.trials}: must be at least 1")
+            raise UserError(f"--trials {self.trials}: must be at least 1")
         if self.finalists < 0:
-            raise ValueError(f"--finalists {self.finalists}: must not be negative")
+            raise UserError(f"--finalists {self.finalists}: must not be negative")
         if self.at_once is not None and self.at_once < 1:
-            raise ValueError(f"--at-once {self.at_once}: must be at least 1")
+            raise UserError(f"--at-once {self.at_once}: must be at least 1")
         if self.workers_per_trial < 1:
-            raise ValueError(f"--workers-per-trial {self.workers_per_trial}: must be at least 1")
+            raise UserError(f"--workers-per-trial {self.workers_per_trial}: must be at least 1")
         if not 0 < self.share < 1:
-            raise ValueError(f"--held-out {self.share}: must be above 0 and below 1")
+            raise UserError(f"--held-out {self.share}: must be above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from ray.tune.search.variant_generator import generate_variants
 
 from ray_jobs.space import Changes, Choice, Dimension, grid
 from ray_jobs.sweep import SweepPlan, Trial
+from tavlad.errors import UserError
 
 SCORE_NAME, EPOCH_NAME = "score", "epoch"
 """What Ray Tune knows a row's score and epoch by."""
@@ -42,7 +43,7 @@ def _draw(dimensions: Sequence[Dimension], count: int, seed: int) -> list[Change
         drawn.setdefault(repr(plain), plain)
         if len(drawn) == count:
             return list(drawn.values())
-    raise ValueError(
+    raise UserError(
         f"the space has only about {len(drawn)} different configurations, fewer than --trials {count}: "
         "ask for fewer, or --search grid"
     )
@@ -74,7 +75,7 @@ def domains(dimensions: Sequence[Dimension]) -> dict[str, Any]:
 def require_optuna() -> None:
     """ValueError where Optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
-        raise ValueError("--search optuna needs Optuna: install it with `pip install 'tavlad[tune]'`")
+        raise UserError("--search optuna needs Optuna: install it with `pip install 'tavlad[tune]'`")
 
 
 def optuna_search(plan: SweepPlan, trials: Sequence[Trial]) -> Searcher:

@@ -28,6 +28,7 @@ from shards.scratch import scratch
 from shards.store import Store, open_store
 from shards.trajectories import trajectories
 from tavlad.backbone import build_trunk, load_weights
+from tavlad.errors import UserError
 from tavlad.fisher import Mixture, classify, fisher_vector, learn_mixture
 from tavlad.frozen import FrozenTrunk
 from tavlad.metrics import Scores
@@ -137,7 +138,7 @@ def _learn(site_name: str, plan: TrainingPlan, num_samples: int) -> None:
     store = _kept(load_site(site_name), plan)
     model, seed = plan.recipe.model, plan.recipe.training.seed
     if model.descriptor_pca < 1:
-        raise ValueError('model.descriptor_pca = 0: "tdd" needs a PCA, such as model.descriptor_pca = 64')
+        raise UserError('model.descriptor_pca = 0: "tdd" needs a PCA, such as model.descriptor_pca = 64')
     for way in range(2):
         if store.exists(f"mixture{way}.npz"):
             continue

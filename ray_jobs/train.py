@@ -25,7 +25,7 @@ from infra.site import Site
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
-from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, Stopped
 from ray_jobs.network import HostNetwork
 from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
@@ -37,6 +37,7 @@ from ray_jobs.worker import WorkerConfig, train_worker
 from shards.index import Index
 from shards.store import arrow_filesystem
 from tavlad.checkpoint import ModelCard
+from tavlad.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -91,7 +92,7 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
     error = monitor.error()
     monitor.stop()
     if error is not None:
-        raise ValueError(error)
+        raise UserError(error)
     training.result()
 
 
@@ -102,7 +103,7 @@ def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
             _trainer(site, plan, config).fit()
         except (RayActorError, OutOfMemoryError, ControllerError) as error:
             if lacked_memory(error):
-                raise ValueError(NODE_OUT_OF_MEMORY) from error
+                raise UserError(NODE_OUT_OF_MEMORY) from error
             seconds = config.monitor.lost(cause_of(error), plan)
             if seconds is None:
                 raise
@@ -198,7 +199,7 @@ class _Follower:
                 if "test/top1" in row:
                     shown.append(f"test {row['test/top1']:.1%}")
                 self._note = ", ".join(shown)
-            case UserError(text=text):
+            case Stopped(text=text):
                 self._console.say(f"  stopped: {text}")
 
     def _tell_of_recovery(self, stage: int, done: int) -> None:

@@ -13,7 +13,7 @@ from ray.util.state.exception import RayStateApiException
 
 from infra.site import load_site
 from ray_jobs.cluster import placement_groups, release
-from ray_jobs.monitor import EpochDone, Monitor, UserError
+from ray_jobs.monitor import EpochDone, Monitor, Stopped
 from ray_jobs.network import HostNetwork
 from ray_jobs.space import Changes
 from ray_jobs.trial import Report, TrialJob, run_trial
@@ -128,5 +128,5 @@ def _work(job: TrialJob, changes: Changes, monitor: Monitor) -> None:
     try:
         run_trial(job, changes, lambda row: monitor.tell_surely(EpochDone(row=row)), ray.train.torch.get_device())
     except Diverged as error:
-        monitor.tell_surely(UserError(text=str(error)))
+        monitor.tell_surely(Stopped(text=str(error)))
         raise

@@ -43,6 +43,7 @@ from shards.order import num_steps
 from shards.store import arrow_filesystem
 from shards.transforms import draw_slot
 from tavlad.codebook import require_descriptors
+from tavlad.errors import UserError
 from tavlad.train import Diverged, StagePlan, epochs_read
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -142,7 +143,7 @@ def _check(site: Site, plan: SweepPlan, index: Index, known: list[Changes] | Non
     for changes in known or [extremes(plan.dimensions)]:
         recipe = plan.trial_recipe(changes)
         if recipe.stage1.epochs < 1:
-            raise ValueError("stage1.epochs = 0: trials train stage 1; give it epochs")
+            raise UserError("stage1.epochs = 0: trials train stage 1; give it epochs")
     seen = plan.held_out(index)
     base = plan.trial_recipe({})
     model, provenance = build_untrained(site, base, len(index.actions))
@@ -182,7 +183,7 @@ def _search(
     store.tidy()
     if not progress.over:
         reason = next(iter(progress.failed.values()), "no trial came to its end")
-        raise ValueError(f"every trial failed, the first one with: {reason}")
+        raise UserError(f"every trial failed, the first one with: {reason}")
     if progress.failed:
         console.say(f"  {len(progress.failed)} trials failed; the same command tries them again")
     return ranked(list(progress.over.values()))
@@ -269,7 +270,7 @@ def _wanted_views(plan: SweepPlan, recipe: Recipe, index: Index) -> set[tuple[in
 def _check_budget(recipe: Recipe, features: FeatureSet, num_views: int) -> None:
     gigabytes = num_views * features.entry_bytes / _GIGABYTE
     if gigabytes > recipe.features.budget_gigabytes:
-        raise ValueError(
+        raise UserError(
             f"the features of {num_views} clip views would take {gigabytes:.1f} GB, and features.budget_gigabytes is "
             f"{recipe.features.budget_gigabytes:g}: raise it, lower training.num_views, or let trials learn from "
             'frames with stage1.features = "never"'

@@ -20,7 +20,7 @@ from ray_jobs.codebook import build_untrained, load_codebook
 from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
 from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading, memory_of
-from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, UserError
+from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, Stopped
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
 from shards.features import FeatureSet
@@ -30,6 +30,7 @@ from shards.read import ClipLoader, LoaderOptions
 from shards.scratch import scratch
 from shards.store import Store, StoreUnreachable
 from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
+from tavlad.errors import UserError
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
 from tavlad.parallel import World
@@ -57,12 +58,12 @@ def train_worker(config: WorkerConfig) -> None:
     except (MemoryError, RuntimeError) as error:
         if (text := lack_of_memory(error)) is None:
             raise
-        config.monitor.tell_surely(UserError(text=text))
-        raise ValueError(text) from error
+        config.monitor.tell_surely(Stopped(text=text))
+        raise UserError(text) from error
     except StoreUnreachable as error:  # not the user's to mend: later it may answer
         raise ConnectionError(str(error)) from error
     except ValueError as error:
-        config.monitor.tell_surely(UserError(text=str(error)))
+        config.monitor.tell_surely(Stopped(text=str(error)))
         raise
     finally:
         trainer.close()

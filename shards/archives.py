@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tavlad.errors import UserError
+
 _RAR = b"Rar!\x1a\x07"
 _ZIP = b"PK\x03\x04"
 _SUFFIXES = (".rar", ".zip", ".tar", ".tgz", ".gz")
@@ -63,13 +65,13 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         {"zip": _unpack_zip, "tar": _unpack_tar, "rar": _unpack_rar}[_kind(archive)](archive, folder)
     except _DAMAGED as error:
-        raise ValueError(f"{archive} cannot be unpacked ({error}): it is damaged or cut off; fetch it again") from error
+        raise UserError(f"{archive} cannot be unpacked ({error}): it is damaged or cut off; fetch it again") from error
     except OSError as error:
-        raise ValueError(f"{archive} cannot be unpacked into {folder}: {error.strerror or error}") from error
+        raise UserError(f"{archive} cannot be unpacked into {folder}: {error.strerror or error}") from error
     for path in folder.rglob("*"):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ValueError(f"{archive} holds {path.relative_to(folder)}, which is neither a file nor a folder")
+            raise UserError(f"{archive} holds {path.relative_to(folder)}, which is neither a file nor a folder")
 
 
 def archives_in(folder: Path) -> list[Path]:
@@ -82,13 +84,13 @@ def check_member(archive: Path, name: str) -> str:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     drive = bool(parts) and parts[0].endswith(":")
     if not parts or parts[0].startswith("/") or ".." in parts or "\0" in name or drive:
-        raise ValueError(f"{archive} holds {name!r}, which would leave the folder: it is not the published archive")
+        raise UserError(f"{archive} holds {name!r}, which would leave the folder: it is not the published archive")
     return name
 
 
 def _kind(archive: Path) -> str:
     if not archive.is_file():
-        raise ValueError(f"{archive} does not exist: give the archive as it was downloaded")
+        raise UserError(f"{archive} does not exist: give the archive as it was downloaded")
     with archive.open("rb") as file:
         start = file.read(len(_RAR))
     if start == _RAR:
@@ -97,7 +99,7 @@ def _kind(archive: Path) -> str:
         return "zip"
     if tarfile.is_tarfile(archive):
         return "tar"
-    raise ValueError(f"{archive} is no rar, zip or tar archive: fetch it again, it may be an error page")
+    raise UserError(f"{archive} is no rar, zip or tar archive: fetch it again, it may be an error page")
 
 
 def _unpack_zip(archive: Path, folder: Path) -> None:
@@ -112,14 +114,14 @@ def _unpack_tar(archive: Path, folder: Path) -> None:
         for member in file.getmembers():
             check_member(archive, member.name)
             if not (member.isfile() or member.isdir()):
-                raise ValueError(f"{archive} holds {member.name!r}, which is neither a file nor a folder")
+                raise UserError(f"{archive} holds {member.name!r}, which is neither a file nor a folder")
         file.extractall(folder, filter="data")
 
 
 def _unpack_rar(archive: Path, folder: Path) -> None:
     found = [(program, path) for program in _RAR_PROGRAMS if (path := shutil.which(program.name)) is not None]
     if not found:
-        raise ValueError(f"{archive} is a rar archive, which needs a program that is not here: {_INSTALL}")
+        raise UserError(f"{archive} is a rar archive, which needs a program that is not here: {_INSTALL}")
     program, path = found[0]
     listing = _run((path, *program.list_names, str(archive)), archive)
     lines = (line for line in listing.splitlines() if line.startswith(program.name_prefix))
@@ -134,5 +136,5 @@ def _run(command: tuple[str, ...], archive: Path) -> str:
     )
     if done.returncode != 0:
         lines = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_LINES:])
-        raise ValueError(f"{Path(command[0]).name} cannot unpack {archive} ({lines}): fetch it again, or {_INSTALL}")
+        raise UserError(f"{Path(command[0]).name} cannot unpack {archive} ({lines}): fetch it again, or {_INSTALL}")
     return done.stdout

@@ -10,6 +10,7 @@ from shards.motion import decode_motion
 from shards.packed_video import suffix_of, video_files
 from shards.plan import PackOptions, PackPlan, PlannedClip, size_and_digest
 from shards.video import DecodedClip, VideoError, decode_clip
+from tavlad.errors import UserError
 
 _MAX_VIDEO_BYTES = 1 << 30  # of a file packed as it is: a reader holds it in memory whole
 
@@ -95,11 +96,11 @@ def _check_source(clip: PlannedClip, digest: str) -> None:
     if digest == clip.digest:
         return
     if not digest:
-        raise ValueError(
+        raise UserError(
             f"{clip.video.path} cannot be read on {socket.gethostname()}, and could be where packing began: make the "
             "videos' folder readable at the same path on every node, then run the same command again"
         )
-    raise ValueError(f"{clip.video.path} has changed since packing began: run the same command again")
+    raise UserError(f"{clip.video.path} has changed since packing began: run the same command again")
 
 
 def printable(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 from shards.index import NUM_SPLITS, Part, Splits
 from shards.split_files import ListedVideo, Listing, read_hmdb51, read_table_of_videos, read_ucf101
+from tavlad.errors import UserError
 
 Layout = Literal["hmdb51", "ucf101", "folders", "table"]
 
@@ -58,17 +59,17 @@ def scan(name: str, videos: Path, layout: Layout, splits: Path | None = None, se
     """
     videos = videos.absolute()  # workers run in folders of their own
     if not videos.is_dir():
-        raise ValueError(f"{videos} is no folder: give the folder that holds the videos")
+        raise UserError(f"{videos} is no folder: give the folder that holds the videos")
     present = _video_files(videos)
     if layout == "folders":
         if splits is not None:
-            raise ValueError(
+            raise UserError(
                 f"a folder per action has no split files, so {splits} cannot be used; choose the layout table"
             )
         listing = split_folders(videos, present, seed)
     else:
         if splits is None:
-            raise ValueError(f"the layout {layout} needs its split files: say where they are")
+            raise UserError(f"the layout {layout} needs its split files: say where they are")
         listing = _READERS[layout](splits)
     listed = {video.name for video in listing.videos}
     _check(listing, videos, present, layout)
@@ -95,7 +96,7 @@ def split_folders(videos: Path, files: Sequence[str], seed: int) -> Listing:
     for action in actions:
         names = [name for name in files if name.partition("/")[0] == action]
         if not names:
-            raise ValueError(f"the folder {videos / action} holds no video; put some in it, or remove it")
+            raise UserError(f"the folder {videos / action} holds no video; put some in it, or remove it")
         names.sort(key=lambda name: hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest())
         num_test = max(1, round(_TEST_FRACTION * len(names))) if len(names) > 1 else 0
         for place, name in enumerate(names):
@@ -104,7 +105,7 @@ def split_folders(videos: Path, files: Sequence[str], seed: int) -> Listing:
             group = str(PurePosixPath(name).with_suffix(""))
             listed.append(ListedVideo(name=name, action=action, splits=splits, group=group, where=str(videos)))
     if not listed:
-        raise ValueError(f"{videos} holds no folder with videos: make one folder per action")
+        raise UserError(f"{videos} holds no folder with videos: make one folder per action")
     return Listing(actions=tuple(actions), videos=tuple(sorted(listed, key=lambda video: video.name)))
 
 
@@ -123,7 +124,7 @@ def _check(listing: Listing, videos: Path, present: Sequence[str], layout: Layou
     for video in listing.videos:
         # A table may name files of any suffix.
         if video.name not in on_disk and not (videos / video.name).is_file():
-            raise ValueError(f"{video.where}: {videos / video.name} does not exist; put it there, or remove the line")
+            raise UserError(f"{video.where}: {videos / video.name} does not exist; put it there, or remove the line")
     for split in range(1, NUM_SPLITS + 1):
         parts: Counter[tuple[str, Part]] = Counter((video.action, video.splits[split - 1]) for video in listing.videos)
         if not any(part != "unused" for _, part in parts):
@@ -132,4 +133,4 @@ def _check(listing: Listing, videos: Path, present: Sequence[str], layout: Layou
             if not parts[action, "train"]:
                 where = next((video.where for video in listing.videos if video.action == action), layout)
                 lack = f"action {action!r} has no training video in split {split}"
-                raise ValueError(f"{where}: {lack}; give it one, or remove the action")
+                raise UserError(f"{where}: {lack}; give it one, or remove the action")

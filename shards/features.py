@@ -31,6 +31,7 @@ from shards.index import NUM_SPLITS, ClipPlace, ClipTable, Index, read_table, ta
 from shards.store import Store, StoreError
 from shards.transforms import VIEWS
 from tavlad.clip import BadClip, FeatureKind
+from tavlad.errors import UserError
 
 EARLY_MAP = "early"
 """The fact "map" of a set that holds the maps below the last block."""
@@ -286,7 +287,7 @@ def require_same(found: Facts, wanted: Facts, uri: str) -> None:
     """ValueError naming the fields in which a set is not the one wanted."""
     differing = _differences(found, wanted)
     if differing:
-        raise ValueError(f"the features at {uri} are of something else: they differ in {differing}; delete them")
+        raise UserError(f"the features at {uri} are of something else: they differ in {differing}; delete them")
 
 
 def _differences(found: Facts, wanted: Facts) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from shards.index import ClipTable, Index
+from tavlad.errors import UserError
 
 
 def held_out(index: Index, split: int, share: float, seed: int) -> Index:
@@ -17,14 +18,14 @@ def held_out(index: Index, split: int, share: float, seed: int) -> Index:
     clips' groups and actions and of `seed`, whatever their order. Raises ValueError where nothing can be held out.
     """
     if not 0 < share < 1:
-        raise ValueError(f"the held-out share is {share}: choose one above 0 and below 1")
+        raise UserError(f"the held-out share is {share}: choose one above 0 and below 1")
     train = index.clips(split, "train").table
     groups_of = {name: _Group(name) for name in set(train["group"].to_pylist())}
     for group, action in zip(train["group"].to_pylist(), train["action"].to_pylist(), strict=True):
         groups_of[group].clips[action] += 1
     chosen = _choose(list(groups_of.values()), share, seed)
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"nothing can be held out of the training part of split {split} of {index.name!r}: each of its actions has "
             "clips of one group only; pack it with more groups (column `group` of the table layout)"
         )

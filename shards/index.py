@@ -15,6 +15,7 @@ from pyarrow.compute import call_function
 
 from shards.store import Store
 from tavlad.clip import Modality
+from tavlad.errors import UserError
 
 FORMAT = 1
 INDEX_PATH = "index.parquet"
@@ -123,12 +124,12 @@ class Index:
         if part == "all":
             return self.clips_table
         if split not in range(1, NUM_SPLITS + 1):
-            raise ValueError(f"there is no split {split}: a set has splits 1, 2 and 3")
+            raise UserError(f"there is no split {split}: a set has splits 1, 2 and 3")
         assert part in ("train", "test"), part
         table = self.clips_table.table
         rows = rows_where(table, f"split{split}", part)
         if not rows.num_rows:
-            raise ValueError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
+            raise UserError(f"split {split} of {self.name!r} has no {part} clips; choose a split that was packed")
         return ClipTable.of(rows)
 
     def decoded_bytes(self, clips: ClipTable) -> int:
@@ -209,15 +210,15 @@ def index_bytes(index: Index) -> bytes:
 def load_index(store: Store) -> Index:
     """The index of the set at `store`. ValueError if there is no finished set, or one of another format."""
     if not store.exists(INDEX_PATH):
-        raise ValueError(f"no finished set at {store.uri}: packing was not finished; run tavlad pack again")
+        raise UserError(f"no finished set at {store.uri}: packing was not finished; run tavlad pack again")
     table, described = read_table(store, INDEX_PATH)
     if described.get("format") != FORMAT:
         found = described.get("format", "unknown")
-        raise ValueError(f"{store.uri}/{INDEX_PATH} has format {found}, not {FORMAT}: pack the set again")
+        raise UserError(f"{store.uri}/{INDEX_PATH} has format {found}, not {FORMAT}: pack the set again")
     lacking = [name for name, kind in _DESCRIBED.items() if not isinstance(described.get(name), kind)]
     lacking += [field.name for field in SCHEMA if field not in table.schema]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{store.uri}/{INDEX_PATH} lacks {', '.join(lacking)}: repair the set with its tavlad pack command and "
             "--repair"
         )
@@ -248,7 +249,7 @@ def read_table(store: Store, path: str) -> tuple[pa.Table, dict[str, Any]]:
         table.validate(full=True)
         described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
     except (pa.ArrowException, OSError, ValueError) as error:  # Arrow raises each of them for damaged files
-        raise ValueError(
+        raise UserError(
             f"{store.uri}/{path} is not a Parquet file: repair the set with its tavlad pack command and --repair"
         ) from error
     return table, described if isinstance(described, dict) else {}

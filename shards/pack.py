@@ -36,6 +36,7 @@ from shards.plan import PackPlan, PlannedClip
 from shards.scratch import scratch
 from shards.store import MissingObject, Store, StoreError
 from shards.video import VideoError
+from tavlad.errors import UserError
 
 _SHARDS, _PARTS = "shards/", "parts/"
 
@@ -67,7 +68,7 @@ def finished_set(plan: PackPlan, store: Store) -> Index | None:
         return None
     index = load_index(store)
     if index.plan != plan.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{store.uri} holds the finished set {index.name!r} of plan {index.plan[:12]}, and this is plan "
             f"{plan.fingerprint[:12]}: the videos, splits or options differ; choose another name, or delete that set"
         )
@@ -139,7 +140,7 @@ def _publish(plan: PackPlan, results: Sequence[ShardResult], store: Store) -> In
     rows = pa.concat_tables([result.rows for result in results])
     if not rows.num_rows:
         path, reason = rejected[0]
-        raise ValueError(
+        raise UserError(
             f"none of the {len(rejected)} videos can be packed; the reasons are in {store.uri}/{REJECTED_PATH}, "
             f"that of the first, {path}: {reason}"
         )
@@ -200,7 +201,7 @@ def _check_shards(plan: PackPlan, results: Sequence[ShardResult], store: Store) 
     for result in results:
         path = shard_path(result.number)
         if store.size(path) != result.num_bytes:
-            raise ValueError(
+            raise UserError(
                 f"{store.uri}/{path} has {store.size(path)} bytes instead of {result.num_bytes}: another job packs "
                 "into the same place; let one of them finish, then run tavlad pack again"
             )

@@ -16,6 +16,7 @@ from shards.clip_bytes import key_of
 from shards.datasets import Video, VideoSet
 from shards.index import FORMAT
 from tavlad.clip import Modality
+from tavlad.errors import UserError
 
 _BYTES_PER_PIXEL = 0.3  # of a JPEG of quality 90, measured on real clips: 0.19 to 0.31
 _MEGABYTE = 1_000_000
@@ -44,14 +45,14 @@ class PackOptions:
 
     def __post_init__(self) -> None:
         if self.format not in ("frames", "video"):
-            raise ValueError(f"format is {self.format!r}: choose frames or video")
+            raise UserError(f"format is {self.format!r}: choose frames or video")
         if self.format == "video" and self.modality != "rgb":
-            raise ValueError(f"modality {self.modality} is computed when packing: choose the format frames")
+            raise UserError(f"modality {self.modality} is computed when packing: choose the format frames")
         for field, low, high in (("num_frames", 1, 10_000), ("short_side", 16, 4096), ("jpeg_quality", 1, 100)):
             if not low <= getattr(self, field) <= high:
-                raise ValueError(f"{field} is {getattr(self, field)}: choose {low} to {high}")
+                raise UserError(f"{field} is {getattr(self, field)}: choose {low} to {high}")
         if self.shard_megabytes <= 0:
-            raise ValueError(f"shard_megabytes is {self.shard_megabytes}: choose a size above 0, such as 64")
+            raise UserError(f"shard_megabytes is {self.shard_megabytes}: choose a size above 0, such as 64")
 
     def facts(self) -> dict[str, object]:
         """What a set's index says of them; "rgb" goes without saying, as before there was anything else."""

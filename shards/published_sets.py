@@ -9,6 +9,7 @@ from typing import Literal
 
 from shards.archives import archives_in, unpack
 from shards.split_files import read_hmdb51, read_ucf101
+from tavlad.errors import UserError
 
 PublishedName = Literal["hmdb51", "ucf101"]
 Advance = Callable[[int, str], None]
@@ -85,7 +86,7 @@ def prepare_videos(published: PublishedSet, archive: Path, folder: Path, advance
     advance(_num_actions(videos), "")
     counts = Counter(path.parent.name for path in videos.glob("*/*.avi"))
     if len(counts) != published.num_actions or sum(counts.values()) < published.num_videos:
-        raise ValueError(
+        raise UserError(
             f"{videos} holds {sum(counts.values())} videos of {len(counts)} actions, and {published.name} has "
             f"{published.num_videos} of {published.num_actions}: {archive} is cut off or not "
             f"{published.video_archive}; fetch it again, remove {videos}, and repeat"
@@ -101,7 +102,7 @@ def prepare_splits(published: PublishedSet, archive: Path, folder: Path, videos:
         unpack(archive, temporary)
         texts = [path for path in temporary.rglob("*.txt") if not path.name.startswith(".")]
         if not texts:
-            raise ValueError(f"{archive} holds no split files: give {published.splits_archive}")
+            raise UserError(f"{archive} holds no split files: give {published.splits_archive}")
         _remove(splits)
         splits.mkdir(parents=True)
         for path in texts:
@@ -112,13 +113,13 @@ def prepare_splits(published: PublishedSet, archive: Path, folder: Path, videos:
     for split, expected in enumerate(published.parts, start=1):
         parts = Counter(video.splits[split - 1] for video in listing.videos)
         if (parts["train"], parts["test"]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"split {split} of {archive} has {parts['train']} training and {parts['test']} test videos, and "
                 f"{published.name}'s has {expected[0]} and {expected[1]}: give {published.splits_archive} as published"
             )
     missing = [video.name for video in listing.videos if not (videos / video.name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} of {len(listing.videos)} videos that the split files name are not in {videos} "
             f"(first: {missing[0]}): fetch {published.video_archive} again"
         )

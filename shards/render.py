@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from shards.contact_sheet import contact_sheet
 from shards.index import NUM_SPLITS
 from shards.scenes import MOTION_PAIR, PAIRS, render_clip
+from tavlad.errors import UserError
 
 FRAME_RATES = (15, 20, 25)
 """Frames a second; each video has one of these."""
@@ -57,16 +58,14 @@ def render_videos(
     ValueError: too few clips, a negative seed, an odd or tiny size, or a directory that holds anything else.
     """
     if clips_per_action < NUM_SPLITS:
-        raise ValueError(
+        raise UserError(
             f"Cannot render {clips_per_action} videos an action: {NUM_SPLITS} or more are needed, "
             f"so that each of the {NUM_SPLITS} splits has one to test."
         )
     if seed < 0:
-        raise ValueError(f"Cannot render with the seed {seed}: it must be 0 or more.")
+        raise UserError(f"Cannot render with the seed {seed}: it must be 0 or more.")
     if any(side < 32 or side % 2 for side in size):
-        raise ValueError(
-            f"Cannot render videos of {size[0]}x{size[1]} pixels: both sides must be even and at least 32."
-        )
+        raise UserError(f"Cannot render videos of {size[0]}x{size[1]} pixels: both sides must be even and at least 32.")
     _claim(directory, {"format": _FORMAT, "seed": seed, "size": list(size), "num_samples": num_samples})
     actions = [action for pair in (*PAIRS, *([MOTION_PAIR] if with_motion_pair else [])) for action in pair]
     rows: list[list[str]] = []
@@ -113,12 +112,12 @@ def _claim(directory: Path, options: dict[str, object]) -> None:
     if note.exists():
         found = json.loads(note.read_text())
         if found != options:
-            raise ValueError(
+            raise UserError(
                 f"{directory} holds videos rendered with {_describe(found)}, not with {_describe(options)}: "
                 "choose another folder or delete this one."
             )
     elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise ValueError(f"{directory} holds files that were not rendered here: choose an empty folder.")
+        raise UserError(f"{directory} holds files that were not rendered here: choose an empty folder.")
     else:
         _write_whole(note, json.dumps(options).encode())
 

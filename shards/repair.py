@@ -12,6 +12,7 @@ from shards.patience import outlast
 from shards.plan import PackPlan
 from shards.scratch import scratch
 from shards.store import MissingObject, Store, StoreError
+from tavlad.errors import UserError
 
 
 def index_to_keep(plan: PackPlan, store: Store) -> Index | None:
@@ -48,7 +49,7 @@ def repair_shard(
         local = folder / "shard.tar"
         packed, _ = write_shard(plan, number, local, num_threads=num_threads, advance=advance)
         if packed.replace_schema_metadata(None) != rows.replace_schema_metadata(None):
-            raise ValueError(
+            raise UserError(
                 f"{shard_path(number)} comes out otherwise than it was packed ({_first_difference(packed, rows)}): use "
                 "the versions of PyAV and torchvision that packed it, or pack the set under another name"
             )
@@ -63,7 +64,7 @@ def repair_rejected(plan: PackPlan, index: Index, store: Store) -> None:
     reasons = [reason_to_reject(plan, clip) for clip in absent]
     if None in reasons:
         name = absent[reasons.index(None)].video.name
-        raise ValueError(
+        raise UserError(
             f"{name} can be packed now, and could not be when the set was: use the version of PyAV that packed it, or "
             "pack the set under another name"
         )

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.index import NUM_SPLITS, Part, Splits
+from tavlad.errors import UserError
 
 _HMDB51_FILE = re.compile(r"(?P<action>.+)_test_split(?P<split>[1-3])\.txt")
 _HMDB51_PARTS: Mapping[str, Part] = {"0": "unused", "1": "train", "2": "test"}
@@ -51,13 +52,13 @@ def read_hmdb51(folder: Path) -> Listing:
     if not files:
         nested = next(folder.glob("*/*_test_split1.txt"), None)
         hint = f"they are in {nested.parent}" if nested else "give the folder of HMDB51's split files"
-        raise ValueError(f"{folder} holds no ACTION_test_splitK.txt files: {hint}")
+        raise UserError(f"{folder} holds no ACTION_test_splitK.txt files: {hint}")
     roster = _Roster()
     for path, match in files.items():
         for where, line in _lines(path):
             name, _, code = line.rpartition(" ")
             if code not in _HMDB51_PARTS or not name.strip():
-                raise ValueError(f"{where}: expected 'NAME.avi ID' with ID 0, 1 or 2, found {line!r}; correct the line")
+                raise UserError(f"{where}: expected 'NAME.avi ID' with ID 0, 1 or 2, found {line!r}; correct the line")
             action = match["action"]
             roster.add(f"{action}/{name.strip()}", action, int(match["split"]), _HMDB51_PARTS[code], where)
     return roster.listing(sorted({match["action"] for match in files.values()}), _hmdb51_group)
@@ -76,15 +77,15 @@ def read_ucf101(folder: Path) -> Listing:
         if missing == [path.name for path in lists.values()] and split > 1:
             continue
         if missing:
-            raise ValueError(f"{folder} has no {missing[0]}: give the folder of UCF101's split files, whole")
+            raise UserError(f"{folder} has no {missing[0]}: give the folder of UCF101's split files, whole")
         for part, path in lists.items():
             for where, line in _lines(path):
                 name, label = _ucf101_line(line)
                 action = name.partition("/")[0]
                 if action not in labels or "/" not in name:
-                    raise ValueError(f"{where}: {action!r} is no action of classInd.txt; add it, or correct the line")
+                    raise UserError(f"{where}: {action!r} is no action of classInd.txt; add it, or correct the line")
                 if (part == "train" or label) and label != labels[action]:
-                    raise ValueError(
+                    raise UserError(
                         f"{where}: {action!r} has label {label or 'none'}, but {labels[action]} in classInd.txt; "
                         "make them agree"
                     )
@@ -100,19 +101,19 @@ def read_table_of_videos(path: Path) -> Listing:
     columns, rows = _table_rows(path)
     splits = {1: "split"} if "split" in columns else {k: f"split{k}" for k in (1, 2, 3) if f"split{k}" in columns}
     if "split" in columns and any(f"split{k}" in columns for k in (1, 2, 3)):
-        raise ValueError(f"{path} has a column 'split' and numbered ones: rename 'split' to 'split1', or remove it")
+        raise UserError(f"{path} has a column 'split' and numbered ones: rename 'split' to 'split1', or remove it")
     for needed in ("path", "action", *(() if splits else ("split1",))):
         if needed not in columns:
-            raise ValueError(f"{path} has no column {needed!r} (it has {', '.join(columns)}): name the columns so")
+            raise UserError(f"{path} has no column {needed!r} (it has {', '.join(columns)}): name the columns so")
     roster = _Roster()
     groups: dict[str, str] = {}
     for where, row in rows:
         name, action = PurePosixPath(row["path"]).as_posix(), row["action"]
         if not row["path"] or not action:
-            raise ValueError(f"{where}: path or action is empty; fill both in")
+            raise UserError(f"{where}: path or action is empty; fill both in")
         for split, column in splits.items():
             if row[column] not in _PARTS:
-                raise ValueError(f"{where}: {column} is {row[column]!r}; write train, test or unused")
+                raise UserError(f"{where}: {column} is {row[column]!r}; write train, test or unused")
             roster.add(name, action, split, cast(Part, row[column]), where)
         groups[name] = row.get("group") or str(PurePosixPath(name).with_suffix(""))
     return roster.listing(sorted({video[0] for video in roster.named.values()}), lambda name, _: groups[name])
@@ -127,13 +128,11 @@ class _Roster:
 
     def add(self, name: str, action: str, split: int, part: Part, where: str) -> None:
         if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{where}: {name!r} leaves the videos folder; name videos by their path below it")
+            raise UserError(f"{where}: {name!r} leaves the videos folder; name videos by their path below it")
         self.named.setdefault(name, (action, where))
         parts = self._parts.setdefault(name, {})
         if split in parts:
-            raise ValueError(
-                f"{where}: {name} is already in split {split} ({parts[split][1]}); remove one of the lines"
-            )
+            raise UserError(f"{where}: {name} is already in split {split} ({parts[split][1]}); remove one of the lines")
         parts[split] = (part, where)
 
     def listing(self, actions: Sequence[str], group_of: _GroupOf) -> Listing:
@@ -169,12 +168,12 @@ def _ucf101_group(name: str, action: str) -> str:
 
 def _ucf101_labels(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}: give the folder of UCF101's split files, whole")
+        raise UserError(f"{path.parent} has no {path.name}: give the folder of UCF101's split files, whole")
     labels: dict[str, str] = {}
     for where, line in _lines(path):
         label, _, action = line.partition(" ")
         if not label.isdecimal() or not action.strip() or action.strip() in labels or label in labels.values():
-            raise ValueError(f"{where}: expected 'LABEL ACTION', each once, found {line!r}; correct the line")
+            raise UserError(f"{where}: expected 'LABEL ACTION', each once, found {line!r}; correct the line")
         labels[action.strip()] = label
     return labels
 
@@ -193,19 +192,19 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give the folder of the split files")
+        raise UserError(f"{folder} is no folder: give the folder of the split files")
     return folder
 
 
 def _table_rows(path: Path) -> tuple[Sequence[str], Iterable[tuple[str, dict[str, str]]]]:
     """Column names, and (`FILE:LINE`, row) for each row, all values as text."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .csv or .parquet table of videos")
+        raise UserError(f"{path} does not exist: give a .csv or .parquet table of videos")
     if path.suffix == ".parquet":
         try:
             table = pq.read_table(path)
         except pa.ArrowException as error:
-            raise ValueError(f"{path} is not a Parquet file ({error}); write it again") from error
+            raise UserError(f"{path} is not a Parquet file ({error}); write it again") from error
         rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in table.to_pylist()]
         return table.column_names, [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from tavlad.errors import UserError
+
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
@@ -24,7 +26,7 @@ _TEMPORARY = ".tavlad-writing-"  # files of unfinished writes: never listed
 _BUCKET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """Something stored cannot be read or written; the message says what and what to do."""
 
 
@@ -117,7 +119,7 @@ def open_store(uri: str, s3: S3Access | None = None) -> Store:
         return _FolderStore(uri=str(Path(uri).expanduser().absolute()))
     bucket, prefix = split_s3_uri(uri)
     if s3 is None:
-        raise ValueError(f"{uri} is on S3, and no S3 server is known here; choose a site, or give a folder")
+        raise UserError(f"{uri} is on S3, and no S3 server is known here; choose a site, or give a folder")
     from shards.s3_store import S3Store
 
     return S3Store(uri=f"s3://{bucket}/{prefix}".rstrip("/"), access=s3)
@@ -127,9 +129,9 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     """`s3://BUCKET/a/b` -> ("BUCKET", "a/b"), checked."""
     parts = urlsplit(uri)
     if parts.scheme != "s3":
-        raise ValueError(f"{uri!r} is neither s3://BUCKET/PREFIX nor a folder")
+        raise UserError(f"{uri!r} is neither s3://BUCKET/PREFIX nor a folder")
     if not _BUCKET_NAME.fullmatch(parts.netloc):
-        raise ValueError(f"{uri!r} does not name a bucket: write s3://BUCKET/PREFIX, the bucket in lower case")
+        raise UserError(f"{uri!r} does not name a bucket: write s3://BUCKET/PREFIX, the bucket in lower case")
     prefix = uri.removeprefix("s3://").removeprefix(parts.netloc).strip("/")
     return parts.netloc, checked_path(prefix) if prefix else ""
 
@@ -227,7 +229,7 @@ class _FolderStore(Store):
 
 def checked_path(path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")) or "\0" in path:
-        raise ValueError(f"{path!r} is not a path inside a store: it is empty, absolute, or has an empty, . or .. part")
+        raise UserError(f"{path!r} is not a path inside a store: it is empty, absolute, or has an empty, . or .. part")
     return path
 
 

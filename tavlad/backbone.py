@@ -12,6 +12,7 @@ from torch.nn import functional
 from torchvision.models import resnet
 
 from tavlad.efficientnet_lite import HEAD_WIDTH, STEM_WIDTH, SameConv2d, batch_norm, build_blocks, build_classifier
+from tavlad.errors import UserError
 from tavlad.trunk import TrunkMaps, TrunkNetwork
 from tavlad.trunk_timm import PREFIX, TimmTrunk
 from tavlad.trunk_torchvision import DenseNetTrunk, GoogLeNetTrunk, ResNetTrunk, SqueezeNetTrunk, Vgg16Trunk
@@ -77,5 +78,5 @@ def build_trunk(name: str) -> TrunkNetwork:
     if name.startswith(PREFIX):
         return TimmTrunk(name).eval()
     if name not in _BUILDERS:
-        raise ValueError(f'trunk = "{name}" is not known; choose one of {", ".join(_BUILDERS)}, timm:NAME')
+        raise UserError(f'trunk = "{name}" is not known; choose one of {", ".join(_BUILDERS)}, timm:NAME')
     return _BUILDERS[name]().eval()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tavlad.config import ModelConfig, parse
+from tavlad.errors import UserError
 from tavlad.model import TaVlad
 
 FORMAT = 1
@@ -91,11 +92,11 @@ def load_card(directory: Path) -> ModelCard:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{directory} holds no model: it has no {CARD}") from None
+        raise UserError(f"{directory} holds no model: it has no {CARD}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch the model again") from None
+        raise UserError(f"{path} is damaged ({error}): fetch the model again") from None
     if values.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{path} has format {values.get('format')}, this version reads format {FORMAT}: "
             "update tavlad or fetch the model again"
         )
@@ -116,12 +117,12 @@ def load_weights_into(model: TaVlad, directory: Path) -> None:
     try:
         weights = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): fetch the checkpoint again") from None
+        raise UserError(f"{path} is missing or damaged ({error}): fetch the checkpoint again") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path} is of another configuration: tensor {name} has shape {found.get(name, 'none')}, this model's "
                 f"is {expected.get(name, 'none')}; use the recipe the checkpoint was trained with"
             )
@@ -134,5 +135,5 @@ def load_state(directory: Path) -> TrainState:
     try:
         values = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise ValueError(f"{directory} cannot be resumed from: it has no {STATE}") from None
+        raise UserError(f"{directory} cannot be resumed from: it has no {STATE}") from None
     return TrainState(**values)

@@ -7,11 +7,13 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from tavlad.errors import UserError
+
 Modality = Literal["rgb", "flow", "difference"]
 """What a clip's frames show: the video, or its motion as pictures (shards/motion.py)."""
 
 
-class BadClip(ValueError):
+class BadClip(UserError):
     """A clip that cannot be used; the text names it, the reason and the remedy."""
 
 
@@ -27,7 +29,7 @@ def uniform_frame_indices(num_frames: int, num_samples: int) -> list[int]:
     [0, 0, 1, 1]
     """
     if num_frames < 1 or num_samples < 1:
-        raise ValueError(f"cannot choose {num_samples} frames from {num_frames}: both must be at least 1")
+        raise UserError(f"cannot choose {num_samples} frames from {num_frames}: both must be at least 1")
     # Integer arithmetic: floating-point linspace can fall just below a whole number.
     return [sample * num_frames // num_samples for sample in range(num_samples)]
 

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from tavlad.clip import ClipBatch
 from tavlad.config import CodebookConfig, ModelConfig
+from tavlad.errors import UserError
 from tavlad.model import TaVlad
 from tavlad.parallel import autocast
 from tavlad.vlad import DescriptorPca, Pca, VisualWords
@@ -49,7 +50,7 @@ def sample_maps(
         if num_frames >= config.frames:
             break
     if not samples:
-        raise ValueError("there are no training clips to make a codebook from: the train part of this split is empty")
+        raise UserError("there are no training clips to make a codebook from: the train part of this split is empty")
     return np.concatenate(samples)
 
 
@@ -85,7 +86,7 @@ def require_descriptors(
     sampled = min(config.frames, num_clips * min(config.frames_per_video, num_frames)) * num_places
     for name, wanted in (("num_clusters", model.num_clusters), ("descriptor_pca", model.descriptor_pca)):
         if wanted > sampled:
-            raise ValueError(
+            raise UserError(
                 f"model.{name} = {wanted} is more than the {sampled} descriptors that {num_clips} training clips give: "
                 "lower it, or raise codebook.frames and codebook.frames_per_video"
             )
@@ -94,7 +95,7 @@ def require_descriptors(
 def find_pca(descriptors: Float32[np.ndarray, "M D"], size: int, seed: int) -> Pca:
     """The `size` directions of largest variance, not whitened."""
     if len(descriptors) < size:
-        raise ValueError(
+        raise UserError(
             f"{len(descriptors)} descriptors cannot give {size} directions: lower model.descriptor_pca, or raise "
             "codebook.frames and codebook.frames_per_video"
         )
@@ -110,7 +111,7 @@ def find_pca(descriptors: Float32[np.ndarray, "M D"], size: int, seed: int) -> P
 def find_centres(descriptors: Float32[np.ndarray, "M D"], num_clusters: int, seed: int) -> Float[torch.Tensor, "K D"]:
     """The centres of k-means with scikit-learn's defaults; used as they are, not normalised again."""
     if len(descriptors) < num_clusters:
-        raise ValueError(
+        raise UserError(
             f"{len(descriptors)} descriptors cannot make {num_clusters} clusters: lower model.num_clusters, or raise "
             "codebook.frames and codebook.frames_per_video"
         )

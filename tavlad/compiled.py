@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from tavlad.errors import UserError
+
 
 def compiled(function: Callable[..., Any], *, graphs: bool) -> Callable[..., Any]:
     """The function, compiled at its first call for that call's shapes; at another size once more, for any size.
@@ -25,7 +27,7 @@ def require_compiler(device: torch.device) -> None:
     except Exception as error:
         needed = "a C++ compiler such as g++" if device.type == "cpu" else "a C++ compiler such as g++, and Triton"
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"training.compile = true: torch.compile does not work here ({why}): install {needed}, or set "
             "training.compile = false"
         ) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tavlad.clip import FeatureKind, Modality
+from tavlad.errors import UserError
 
 Config = TypeVar("Config")
 
@@ -29,7 +30,7 @@ NO_ACTIVATION_MAPS = ("vgg16", "r3d_18")
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,14 +314,14 @@ def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Con
     hints = get_type_hints(kind)
     for key in values:
         if key not in fields:
-            raise ValueError(f"unknown key {_dotted(where, key)}: {_nearest(key, list(fields))}")
+            raise UserError(f"unknown key {_dotted(where, key)}: {_nearest(key, list(fields))}")
     parsed: dict[str, Any] = {}
     for name, each in fields.items():
         default = _default(each) if base is None else getattr(base, name)
         if name in values:
             parsed[name] = _parse_value(hints[name], values[name], _dotted(where, name), default)
         elif default is dataclasses.MISSING:
-            raise ValueError(f"missing key {_dotted(where, name)}: give it a value")
+            raise UserError(f"missing key {_dotted(where, name)}: give it a value")
         else:
             parsed[name] = default
     try:
@@ -328,7 +329,7 @@ def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Con
     except ValueError as error:
         # A dataclass used for two tables (the stages) names its field only.
         text = str(error)
-        raise ValueError(text if not where or text.startswith(where) else f"{where}.{text}") from None
+        raise UserError(text if not where or text.startswith(where) else f"{where}.{text}") from None
 
 
 def _default(each: "dataclasses.Field[Any]") -> Any:
@@ -347,7 +348,7 @@ def _nearest(key: str, known: list[str]) -> str:
 def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} = {value!r}: must be a table of keys")
+            raise UserError(f"{where} = {value!r}: must be a table of keys")
         return parse(
             cast(type[Any], hint),
             cast(dict[str, Any], value),
@@ -357,7 +358,7 @@ def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
     origin = get_origin(hint)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
+            raise UserError(f"{where} = {value!r}: must be one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if origin in (Union, types.UnionType):
         plain = [each for each in get_args(hint) if each is not type(None)]
@@ -365,11 +366,11 @@ def _parse_value(hint: Any, value: Any, where: str, default: Any) -> Any:
         return None if value is None else _parse_value((fitting or plain)[0], value, where, default)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} = {value!r}: must be a list")
+            raise UserError(f"{where} = {value!r}: must be a list")
         return tuple(_parse_value(get_args(hint)[0], each, where, None) for each in cast(list[Any], value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     kind = origin or hint
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ValueError(f"{where} = {value!r}: must be of type {kind.__name__}")
+        raise UserError(f"{where} = {value!r}: must be of type {kind.__name__}")
     return value

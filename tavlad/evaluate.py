@@ -7,6 +7,7 @@ import torch
 
 from tavlad.ahead import batches_on
 from tavlad.clip import Batch
+from tavlad.errors import UserError
 from tavlad.memory import keep_freed_memory
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -47,7 +48,7 @@ def evaluate(
     parts = [part for part in world.gather(own) if part is not None]
     all_keys = [key for part in parts for key in part[0]]
     if not all_keys:
-        raise ValueError("there are no clips to score: this part of the split is empty")
+        raise UserError("there are no clips to score: this part of the split is empty")
     order = sorted(range(len(all_keys)), key=all_keys.__getitem__)
     return Scores(
         keys=tuple(all_keys[row] for row in order),

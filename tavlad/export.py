@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tavlad.checkpoint import ModelCard, load_model
+from tavlad.errors import UserError
 from tavlad.model import TaVlad
 
 Format = Literal["pt2", "onnx"]
@@ -71,7 +72,7 @@ def export(
     difference = _largest_difference(program, run, checked)
     if not difference <= TOLERANCE:
         partial.unlink()
-        raise ValueError(
+        raise UserError(
             f"the {kind} program of {directory} differs from the model by {difference:.2g} in a probability, more than "
             f"{TOLERANCE}: it was not kept"
         )
@@ -155,7 +156,7 @@ def _text_of(card: ModelCard) -> str:
 def _require_onnx() -> None:
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX needs {', '.join(missing)}: install the extra `export`, pip install 'tavlad[export]'")
+        raise UserError(f"ONNX needs {', '.join(missing)}: install the extra `export`, pip install 'tavlad[export]'")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
+from tavlad.errors import UserError
+
 _FLOOR = 1e-4  # added to the variances, of descriptors scaled to a mean square of 1
 
 
@@ -31,7 +33,7 @@ def learn_mixture(x_ND: Float32[np.ndarray, "N D"], size: int, num_components: i
     from sklearn.mixture import GaussianMixture
 
     if len(x_ND) < max(size, num_components):
-        raise ValueError(
+        raise UserError(
             f"{len(x_ND)} descriptors are too few for {num_components} Gaussians of {size} numbers: lower "
             "model.num_clusters and model.descriptor_pca"
         )

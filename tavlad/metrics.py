@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
+from tavlad.errors import UserError
 
-class NotNumbers(ValueError):
+
+class NotNumbers(UserError):
     """A model gave a clip no probabilities: it is not scored, and its accuracy would mean nothing."""
 
 
@@ -28,7 +30,7 @@ class Scores:
         assert len(self.keys) == len(self.labels) == len(self.probabilities), "one row a clip"
         assert len(set(self.keys)) == len(self.keys), "a clip is scored once"
         if not self.keys:
-            raise ValueError("there are no clips to score: the test part of this split is empty")
+            raise UserError("there are no clips to score: the test part of this split is empty")
         bad = np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))
         if len(bad):
             raise NotNumbers(
@@ -63,7 +65,7 @@ class Scores:
         """Share right among clips of `actions` when the model must choose among these alone."""
         rows = np.isin(self.labels, actions)
         if not rows.any():
-            raise ValueError(f"no clip has any of the labels {actions}")
+            raise UserError(f"no clip has any of the labels {actions}")
         choice = np.asarray(actions)[self.probabilities[rows][:, list(actions)].argmax(axis=1)]
         return float((choice == self.labels[rows]).mean())
 
@@ -84,7 +86,7 @@ def fuse(scores: Sequence[Scores]) -> Scores:
     first = scores[0]
     for other in scores[1:]:
         if other.keys != first.keys or not np.array_equal(other.labels, first.labels):
-            raise ValueError(
+            raise UserError(
                 "models that have scored different clips cannot be fused: pack their sets from the same videos with "
                 "the same splits, and evaluate the same split of each"
             )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from tavlad.errors import UserError
 from tavlad.registry_queries import (
     BEST,
     OWN_TAGS,
@@ -126,9 +127,9 @@ def _turns(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
 def _checked(reason: str) -> str:
     reason = without_user(" ".join(reason.split()))
     if not reason:
-        raise ValueError("the reason is empty: say why, for those who find it later")
+        raise UserError("the reason is empty: say why, for those who find it later")
     if len(reason) > MAX_TAG_CHARACTERS:
-        raise ValueError(f"the reason has {len(reason)} characters: {MAX_TAG_CHARACTERS} fit")
+        raise UserError(f"the reason has {len(reason)} characters: {MAX_TAG_CHARACTERS} fit")
     return reason
 
 

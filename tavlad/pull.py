@@ -15,6 +15,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.request_utils import augmented_raise_for_status
 from mlflow.utils.rest_utils import http_request
 
+from tavlad.errors import UserError
 from tavlad.registry_queries import DIGEST_TAG, digest_of, resolve, said_clearly
 from tavlad.runlog import TrackingError
 
@@ -48,7 +49,7 @@ def pull(tracking_uri: str, reference: str, directory: Path, on_bytes: OnBytes |
         digest = version.tags.get(DIGEST_TAG)
         if directory.is_dir() and any(directory.iterdir()):
             if digest != digest_of(directory):
-                raise ValueError(f"{directory} is not empty: name a new folder for {reference}")
+                raise UserError(f"{directory} is not empty: name a new folder for {reference}")
         else:
             digest = _fetch(client, tracking_uri, version, directory, on_bytes or (lambda _done, _total: None))
     assert digest is not None

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from tavlad.errors import UserError
 from tavlad.runlog import TrackingError
 from tavlad.spool import without_user
 from tavlad.tracking import require_answer
@@ -100,7 +101,7 @@ def _parse_reference(reference: str) -> tuple[str, str | None, str]:
     name, _, number = text.rpartition("/")
     if name and number.isdigit():
         return name, None, number
-    raise ValueError(f"{reference!r} names no registered model: write NAME@best or NAME/VERSION")
+    raise UserError(f"{reference!r} names no registered model: write NAME@best or NAME/VERSION")
 
 
 def names_of_models(client: MlflowClient) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from tavlad.errors import UserError
 from tavlad.spool import (
     MAX_PARAM_CHARACTERS,
     MAX_TAG_CHARACTERS,
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 _MAX_SECONDS_BETWEEN_TRIES = 10.0
 
 
-class TrackingError(ValueError):
+class TrackingError(UserError):
     """The tracking server cannot be used; the message says what to do."""
 
 
@@ -51,7 +52,7 @@ class RunSpec:
     def __post_init__(self) -> None:
         identity = self.tags.get(RUN_TAG, "")
         if not identity or "'" in identity:
-            raise ValueError(f"tag {RUN_TAG} is {identity!r}; it must say which run this is, without quotes")
+            raise UserError(f"tag {RUN_TAG} is {identity!r}; it must say which run this is, without quotes")
 
     def to_record(self) -> Record:
         """The description as JSON can hold it, without credentials."""

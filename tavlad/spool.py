@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tavlad.errors import UserError
+
 Record = dict[str, Any]
 """One line: `kind` and what belongs to it, as JSON can hold it."""
 
@@ -34,14 +36,14 @@ _USER_IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)[^\s/@]+@")
 _ALLOWED_NAME = re.compile(r"[\w./ \-]{1,250}")
 
 
-class SpoolError(ValueError):
+class SpoolError(UserError):
     """The spool folder cannot be used."""
 
 
 def check_name(kind: str, name: str) -> str:
     """Return `name`; ValueError when MLflow would refuse it as the name of a `kind` (metric, parameter, tag)."""
     if not _ALLOWED_NAME.fullmatch(name) or name.startswith(("/", ".")) or ".." in name or "//" in name:
-        raise ValueError(
+        raise UserError(
             f"{kind} name {name!r} is not one MLflow takes: use letters, digits and _ - . / only, at most 250 of them"
         )
     return name

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tavlad.errors import UserError
 from tavlad.gru import gru_states
 
 _LEAST_VARIANCE = 1e-12
@@ -21,7 +22,7 @@ def change_over_time(features_BTD: Float[Tensor, "B T D"]) -> Float[Tensor, "B 2
     """How much each feature changes in a clip: its standard deviation over the frames, and the mean size of its step
     from one frame to the next. Blind to its level, and to the direction of time. ValueError for clips of one frame."""
     if features_BTD.shape[1] < 2:
-        raise ValueError('model.temporal = "change" compares frames: pack clips of at least two (--num-frames)')
+        raise UserError('model.temporal = "change" compares frames: pack clips of at least two (--num-frames)')
     # The root has no slope at 0, where features that never fire are.
     deviation_BD = (features_BTD.var(dim=1, correction=0) + _LEAST_VARIANCE).sqrt()
     step_BD = features_BTD.diff(dim=1).abs().mean(dim=1)

@@ -15,6 +15,7 @@ from tavlad.checkpoint import TrainState
 from tavlad.clip import Batch
 from tavlad.config import StageConfig, TrainingConfig
 from tavlad.draws import seed_clips
+from tavlad.errors import UserError
 from tavlad.evaluate import evaluate
 from tavlad.memory import keep_freed_memory
 from tavlad.metrics import NotNumbers, Scores
@@ -24,7 +25,7 @@ from tavlad.parallel import ALONE, World, autocast
 from tavlad.reduction import TreeSum
 
 
-class Diverged(ValueError):
+class Diverged(UserError):
     """The loss, or what the model says of a clip, is no longer a number: these settings cannot be trained with."""
 
 

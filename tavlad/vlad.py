@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tavlad.errors import UserError
 from tavlad.residual_sums import residual_sums
 
 
@@ -37,7 +38,7 @@ class DescriptorPca(nn.Module):
     def __init__(self, descriptor_size: int, size: int) -> None:
         super().__init__()
         if size > descriptor_size:
-            raise ValueError(
+            raise UserError(
                 f"model.descriptor_pca = {size}: this trunk's descriptors have {descriptor_size} numbers only"
             )
         self.register_buffer("mean", torch.zeros(descriptor_size))
@@ -66,7 +67,7 @@ class Vlad(nn.Module):
     def initialise(self, centres_KD: Float[Tensor, "K D"], alpha: float) -> None:
         """`W_k = 2 alpha c_k`, `B_k = -alpha |c_k|^2`: near-hard assignment to the nearest centre for a large alpha."""
         if centres_KD.shape != self.centres.shape:
-            raise ValueError(
+            raise UserError(
                 f"a codebook of {tuple(centres_KD.shape)} (clusters, descriptor size) does not fit a model of "
                 f"{tuple(self.centres.shape)}: make one for this configuration with `tavlad codebook`"
             )

@@ -7,7 +7,7 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from ray_jobs.cluster import lack_of_memory
-from ray_jobs.monitor import Leaving, Lost, UserError, _Monitor
+from ray_jobs.monitor import Leaving, Lost, Stopped, _Monitor
 from ray_jobs.recipe import load_recipe
 from ray_jobs.restarts import cause_of, lacked_memory
 
@@ -19,7 +19,7 @@ def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> No
     assert [type(news) for news in lost] == [Lost] * 4
     assert isinstance(lost[1], Lost)
     assert lost[1].text == ("worker 1 died; starting again in 5 s (restart 2 of at most 4 without a new checkpoint)")
-    assert isinstance(error, UserError)
+    assert isinstance(error, Stopped)
     assert "worker 1 died; it was started again 4 times without reaching a new checkpoint" in error.text
     assert monitor.error() == error.text
 
@@ -45,8 +45,8 @@ def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None
 
 def test_what_the_user_must_mend_is_never_tried_again() -> None:
     monitor = _Monitor()
-    monitor.tell(UserError(text="lower stage1.lr"))
-    monitor.tell(UserError(text="collateral"))
+    monitor.tell(Stopped(text="lower stage1.lr"))
+    monitor.tell(Stopped(text="collateral"))
     assert monitor.lost("it failed", 100, None) is None
     assert monitor.error() == "lower stage1.lr", "the first cause"
 
