@@ -4,12 +4,12 @@ import hashlib
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.recipe import load_recipe
+from ray_jobs.recipe import is_local_file, is_place, load_recipe, parse_change, read_toml, recipe_values
 from tavlad.errors import UserError
 
 SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "tune", "evaluate", "register", "reproduce"})
@@ -51,17 +51,18 @@ def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], 
     inputs: dict[str, Path] = {}
     renamed: dict[str, str] = {}
     identity = {name: value for name, value in values.items() if name not in _NOT_WHAT_IT_DOES}
-    for name, value in values.items():
-        if name in _INPUTS and value is not None and (given := Path(str(value))).exists():
+    for name in _INPUTS:
+        if (given := _input(name, values)) is not None:
             files = _files(given)
             identity[name] = _digest(files)
             place = f"inputs/{name}/{given.name}"
             inputs |= {f"{place}/{path}" if path else place: file for path, file in files.items()}
-            renamed[str(value)] = place
-        elif isinstance(value, Path) and not value.is_absolute():
+            renamed[str(given)] = place
+    for what, place, remedy in _places(values):
+        if "://" not in place and not Path(place).is_absolute():
             raise UserError(
-                f"{value} is on this machine, and {verb} is done by the cluster: give an absolute path that all its "
-                "nodes see"
+                f"{what} is on this machine, and {verb} is done by the cluster: give an absolute path that all its "
+                f"nodes see{remedy}"
             )
     if verb == "reproduce" and values.get("to") is None:
         raise UserError("reproduce is done by the cluster: give --to an absolute path that outlives the job")
@@ -78,6 +79,48 @@ def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], 
         inputs=inputs,
         name=f"tavlad-{verb}-{digest}",
     )
+
+
+def _input(name: str, values: Mapping[str, Any]) -> Path | None:
+    """The file or folder of this machine that travels as this argument. A recipe's name is no file, whatever lies in
+    the current folder."""
+    value = values.get(name)
+    if value is None or (name == "recipe" and Path(value).suffix != ".toml"):
+        return None
+    return given if (given := Path(value)).exists() else None
+
+
+def _places(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What the verb is told by its place, which the cluster must see: as an error names it, the place, another way."""
+    store, registered = ", or an s3:// URI", ", or the name of a registered model"
+    for name, value in values.items():
+        if isinstance(value, Path) and _input(name, values) is None:
+            yield str(value), str(value), ""
+    if isinstance(to := values.get("to"), str):
+        yield f"--to {to}", to, store
+    fused = [pair.rpartition("=") for pair in values.get("also") or []]
+    for model in [values.get("model"), *(model for model, _, _ in fused)]:
+        if model is not None and Path(model).is_dir():
+            yield f"the model {model}", model, registered
+    recipe = recipe_values(values["recipe"], values["change"], values["dataset"]) if "recipe" in values else {}
+    sets = [recipe.get("dataset", values.get("dataset")), *values.get("datasets", []), *(each for _, _, each in fused)]
+    for each in sets:
+        if isinstance(each, str) and is_place(each):
+            yield f"the set {each}", each, store
+    for weights in filter(is_local_file, _weights(recipe, values)):
+        yield f"model.weights {weights}", weights, store
+
+
+def _weights(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
+    """All that `model.weights` is: in the recipe, in the changes of several recipes, and in a sweep's space."""
+    tables = [recipe] if recipe else []
+    if (space := _input("space", values)) is not None:
+        tables.append(read_toml(space))
+    found = [table["model"].get("weights") for table in tables if isinstance(table.get("model"), dict)]
+    if not recipe:
+        changes = [parse_change(change) for change in values.get("change") or []]
+        found += [value for key, value in changes if key.endswith("model.weights")]
+    return [each for value in found for each in (value if isinstance(value, list) else [value])]
 
 
 def fill_working_folder(parcel: Parcel, folder: Path, commit: str) -> None:
@@ -113,10 +156,11 @@ def _digest(files: Mapping[str, Path]) -> str:
 
 
 def _renamed(word: str, renamed: Mapping[str, str]) -> str:
+    """The word with the path that travels, however it is written ("./a.toml"), as the job finds it."""
     option, equals, value = word.partition("=")
-    if equals and option.startswith("--") and value in renamed:
-        return f"{option}={renamed[value]}"
-    return renamed.get(word, word)
+    if equals and option.startswith("--") and value and str(Path(value)) in renamed:
+        return f"{option}={renamed[str(Path(value))]}"
+    return renamed.get(str(Path(word)), word) if word else word
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from infra.site import Site, cache_folder
 from ray_jobs.checkpoints import Checkpoints
-from ray_jobs.recipe import Recipe
+from ray_jobs.recipe import Recipe, is_place
 from shards.disk_cache import DiskCache
 from shards.index import Index, load_index, share_of
 from shards.store import Store, open_store
@@ -64,7 +64,7 @@ def digest_of_weights(site: Site, recipe: Recipe) -> str:
 
 def locate_set(site: Site, dataset: str) -> str:
     """The URI of a packed set given by name, s3:// URI or folder."""
-    return absolute(dataset) if "/" in dataset or dataset == "." else site.dataset_uri(dataset)
+    return absolute(dataset) if is_place(dataset) else site.dataset_uri(dataset)
 
 
 def absolute(place: str) -> str:

@@ -140,17 +140,9 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
 
     Raises ValueError naming the file and the key for whatever is wrong in it.
     """
-    path = _find(name)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
-    for change in changes or []:
-        _apply(values, change)
-    if dataset is not None:
-        values["dataset"] = dataset
+    path, values = recipe_file(name), recipe_values(name, changes, dataset)
     model = values.get("model")
-    if isinstance(model, dict) and _is_local_file(model.get("weights")):
+    if isinstance(model, dict) and is_local_file(model.get("weights")):
         model["weights"] = str(Path(model["weights"]).absolute())  # workers run in folders of their own
     if "dataset" not in values:
         raise UserError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
@@ -158,6 +150,22 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
         return _with_precision(parse(Recipe, values))
     except ValueError as error:
         raise UserError(f"{path.name}: {error}") from None
+
+
+def recipe_values(name: str, changes: list[str] | None = None, dataset: str | None = None) -> dict[str, Any]:
+    """The tables of `load_recipe`'s recipe as they are written, unchecked."""
+    values = read_toml(recipe_file(name))
+    for change in changes or []:
+        _apply(values, change)
+    return values if dataset is None else values | {"dataset": dataset}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. UserError for what is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
 
 
 def _with_precision(recipe: Recipe) -> Recipe:
@@ -174,7 +182,8 @@ def change_recipe(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
     return parse(Recipe, dict(changes), base=recipe)
 
 
-def _find(name: str) -> Path:
+def recipe_file(name: str) -> Path:
+    """The file of a recipe: a path that ends in .toml, or the name of one of ours."""
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
@@ -185,8 +194,14 @@ def _find(name: str) -> Path:
     return RECIPES / f"{name}.toml"
 
 
-def _is_local_file(weights: Any) -> bool:
+def is_local_file(weights: Any) -> bool:
+    """Whether `model.weights` names a file rather than what is fetched, drawn or read from S3."""
     return isinstance(weights, str) and weights not in ("imagenet", "none") and "://" not in weights
+
+
+def is_place(dataset: str) -> bool:
+    """Whether a packed set is given by its folder or URI rather than by its name."""
+    return "/" in dataset or dataset == "."
 
 
 def known_recipes() -> list[str]:
@@ -195,19 +210,24 @@ def known_recipes() -> list[str]:
 
 
 def _apply(values: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {change}: write it as table.key=value, such as stage1.lr=0.005")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # an unquoted string
-    *tables, last = key.strip().split(".")
+    key, value = parse_change(change)
+    *tables, last = key.split(".")
     for table in tables:
         if not isinstance(values.setdefault(table, {}), dict):
             raise UserError(f"--set {change}: {table} is a value, not a table of keys")
         values = values[table]
     values[last] = value
+
+
+def parse_change(change: str) -> tuple[str, Any]:
+    """The dotted key and the value of a change like "stage1.lr=0.005"; what is no TOML value is a string."""
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {change}: write it as table.key=value, such as stage1.lr=0.005")
+    try:
+        return key.strip(), tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), text.strip()
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -55,6 +55,81 @@ def test_path_that_only_this_machine_has_is_refused() -> None:
         make_parcel("pack", ["videos"], {"videos": Path("videos"), "name": "x"}, "bucket")
 
 
+def test_folder_named_as_a_recipe_does_not_replace_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "notes.txt").write_text("mine")
+    parcel = parcel_of(Path("small"), dataset="mine")
+    assert (parcel.arguments, dict(parcel.inputs)) == (("small",), {})
+
+
+def test_input_travels_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.toml").write_text("[stage1]\nlr = [0.1]\n")
+    (tmp_path / "a.toml").write_text(RECIPE)
+    values = {"recipe": "./a.toml", "split": 1, "change": None, "dataset": None, "space": Path("./space.toml")}
+    for words in (["--space", "./space.toml"], ["--space=./space.toml"]):
+        parcel = make_parcel("tune", ["./a.toml", *words], values, "bucket")
+        assert " ".join(parcel.arguments).replace("=", " ") == "inputs/recipe/a.toml --space inputs/space/space.toml"
+
+
+WEIGHTS = [f"model.weights={place}" for place in ("net.pth", "nets/net.pth", "'net.pth'")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "named"),
+    [
+        ("pack", {"videos": Path("/videos"), "to": "sets/mine"}, "--to sets/mine"),
+        ("verify", {"dataset": "sets/mine"}, "the set sets/mine"),
+        ("verify", {"dataset": "."}, "the set ."),
+        ("reproduce", {"datasets": ["hmdb51", "./mine"], "change": None, "to": Path("/r")}, "the set ./mine"),
+        ("evaluate", {"model": "models/3", "dataset": "mine", "also": None}, "the model models/3"),
+        ("evaluate", {"model": "a@best", "dataset": "m", "also": ["models/3=m"]}, "the model models/3"),
+        ("evaluate", {"model": "a@best", "dataset": "m", "also": ["b@best=./m"]}, "the set ./m"),
+        *(("train", {"recipe": "small", "split": 1, "change": [each], "dataset": "m"}, "net.pth") for each in WEIGHTS),
+        ("train", {"recipe": "small", "split": 1, "change": None, "dataset": "./mine"}, "the set ./mine"),
+        ("train", {"recipe": "weights.toml", "split": 1, "change": None, "dataset": None}, "model.weights net.pth"),
+        ("train", {"recipe": "set.toml", "split": 1, "change": None, "dataset": None}, "the set ./mine"),
+        ("reproduce", {"datasets": ["m"], "to": Path("/r"), "change": ["ta-vlad:model.weights=net.pth"]}, "net.pth"),
+        (
+            "tune",
+            {"recipe": "small", "split": 1, "change": None, "dataset": "m", "space": Path("space.toml")},
+            "model.weights net.pth",
+        ),
+    ],
+)
+def test_relative_place_that_the_cluster_cannot_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, values: dict[str, Any], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "3").mkdir(parents=True)
+    (tmp_path / "weights.toml").write_text(RECIPE + '[model]\nweights = "net.pth"\n')
+    (tmp_path / "set.toml").write_text('dataset = "./mine"\n')
+    (tmp_path / "space.toml").write_text('[model]\nweights = ["imagenet", "net.pth"]\n')
+    remedy = "give an absolute path that all its nodes see, or "
+    with pytest.raises(ValueError, match=rf"{re.escape(named)} is on this machine, .*: {remedy}"):
+        make_parcel(verb, [], values, "bucket")
+
+
+@pytest.mark.parametrize(
+    ("verb", "values"),
+    [
+        ("pack", {"videos": Path("/videos"), "to": "s3://bucket/sets/mine"}),
+        ("pack", {"videos": Path("/videos"), "to": "/shared/sets/mine"}),
+        ("evaluate", {"model": "mine/3", "dataset": "mine", "also": ["models:/a@best=s3://bucket/m"]}),
+        ("evaluate", {"model": "/models/3", "dataset": "/sets/mine", "also": None}),
+        ("train", {"recipe": "small", "split": 1, "change": ["model.weights=none"], "dataset": "m"}),
+        ("train", {"recipe": "small", "split": 1, "change": ["model.weights=/nets/net.pth"], "dataset": "m"}),
+        ("train", {"recipe": "small", "split": 1, "change": ["model.weights=s3://b/net.pth"], "dataset": "m"}),
+    ],
+)
+def test_place_that_the_cluster_sees_or_a_name_is_let_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, values: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not make_parcel(verb, [], values, "bucket").inputs
+
+
 def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Path) -> None:
     recipe, space = tmp_path / "a.toml", tmp_path / "space.toml"
     recipe.write_text(RECIPE)
