@@ -7,10 +7,10 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from boto3.exceptions import Boto3Error
@@ -42,10 +42,13 @@ from shards.store import (
 _CONNECT_TIMEOUT_S, _CONNECTIONS = 5, 64
 _SECONDS_PER_SIGNATURE = 300
 _READ_TIMEOUT_S = 60.0  # between two bytes of an answer
-_PATIENCE_S = 60.0  # with a server that answers wrongly or not at all while something is read
+_PATIENCE_S = 60.0  # with a server that answers wrongly or not at all while something is read, or with a conflict
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "403", "401", "Unauthorized")
-_AILING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503", "504")
+_CONFLICT = "ConditionalRequestConflict"  # two conditional writes of a key at the same time; nothing was written
+_AILING = ("InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "500", "502", "503", "504", _CONFLICT)
 _TRANSFER = TransferConfig(max_concurrency=4, multipart_threshold=32 << 20, multipart_chunksize=16 << 20)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,9 +78,13 @@ class S3Store(Store):
     def write_if_absent(self, path: str, data: bytes) -> bool:
         token = uuid.uuid4().hex
         place = {"Bucket": self._bucket, "Key": self._key(path)}
+
+        def put() -> None:
+            _client(self.access).put_object(**place, Body=data, IfNoneMatch="*", Metadata={"writer": token})
+
         with self._errors_of_write(path):
             try:
-                _client(self.access).put_object(**place, Body=data, IfNoneMatch="*", Metadata={"writer": token})
+                _patiently(put, lambda error: isinstance(error, ClientError) and _code(error) == _CONFLICT)
             except ClientError as error:
                 if _code(error) not in ("PreconditionFailed", "412"):
                     raise
@@ -157,17 +164,13 @@ class S3Store(Store):
     def _get(self, path: str, **options: str) -> bytes:
         """The object's bytes. boto3 asks again a few times; a server that is down for longer, or that breaks off while
         its answer is read, is asked again here until its time is up."""
-        began = time.monotonic()
+
+        def get() -> bytes:
+            answer = _client(self.access).get_object(Bucket=self._bucket, Key=self._key(path), **options)
+            return answer["Body"].read()
+
         with self.errors(path):
-            for attempt in itertools.count():
-                try:
-                    answer = _client(self.access).get_object(Bucket=self._bucket, Key=self._key(path), **options)
-                    return answer["Body"].read()
-                except (BotoCoreError, ClientError) as error:
-                    if not _may_pass(error) or time.monotonic() - began > _PATIENCE_S:
-                        raise
-                    time.sleep(random.uniform(0.05, min(5.0, 0.1 * 2**attempt)))
-        raise AssertionError("the last attempt returns or raises")
+            return _patiently(get, _may_pass)
 
     @contextlib.contextmanager
     def _errors_of_write(self, path: str) -> Generator[None]:
@@ -251,6 +254,19 @@ def _client_of_process(access: S3Access, process: int) -> Any:
 def _require_bucket(access: S3Access, bucket: str, process: int) -> None:
     """Some servers create a bucket that is merely written to: with them a mistyped name would swallow a data set."""
     _client_of_process(access, process).list_objects_v2(Bucket=bucket, MaxKeys=1)
+
+
+def _patiently(request: Callable[[], Result], may_pass: Callable[[BotoCoreError | ClientError], bool]) -> Result:
+    """What the request returns, which is repeated while its error may pass, until our patience is at its end."""
+    began = time.monotonic()
+    for attempt in itertools.count():
+        try:
+            return request()
+        except (BotoCoreError, ClientError) as error:
+            if not may_pass(error) or time.monotonic() - began > _PATIENCE_S:
+                raise
+            time.sleep(random.uniform(0.05, min(5.0, 0.1 * 2**attempt)))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _may_pass(error: BotoCoreError | ClientError) -> bool:

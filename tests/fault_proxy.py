@@ -1,6 +1,7 @@
 """A TCP proxy before a real HTTP server that breaks off, stalls or refuses the next requests, as it is told."""
 
 import contextlib
+import re
 import socket
 import threading
 from collections import deque
@@ -8,7 +9,13 @@ from collections.abc import Generator
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["500", "503", "half a body", "no answer", "stall", "none"]
+Fault = Literal["409", "500", "503", "half a body", "no answer", "stall", "none"]
+_CONFLICT = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>ConditionalRequestConflict</Code>'
+    b"<Message>The conditional request cannot succeed due to a conflicting operation against this resource.</Message>"
+    b"<RequestId>1</RequestId></Error>"
+)
+"""What Amazon's server answers to one of two conditional writes of a key at the same time; Seaweed's never does."""
 
 
 class FaultProxy:
@@ -39,15 +46,15 @@ class FaultProxy:
 
     def _answer(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):
-            request = b""
-            while b"\r\n\r\n" not in request:
-                received = client.recv(65536)
-                if not received:
-                    return
-                request += received
+            request = _received(client)
+            if not request:
+                return
             self.num_requests += 1
             fault = self.faults.popleft() if self.faults else "none"
             match fault:
+                case "409":
+                    head = f"HTTP/1.1 409 Conflict\r\nContent-Length: {len(_CONFLICT)}\r\nConnection: close\r\n\r\n"
+                    client.sendall(head.encode() + _CONFLICT)
                 case "500" | "503":
                     head = f"HTTP/1.1 {fault} Trouble\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
                     client.sendall(head.encode())
@@ -70,6 +77,27 @@ class FaultProxy:
             while received := server.recv(1 << 20):
                 answer += received
         return answer
+
+
+def _received(client: socket.socket) -> bytes:
+    """A whole request, without the header that asks for leave to send its body; nothing if the client goes away."""
+    request = b""
+    while b"\r\n\r\n" not in request:
+        received = client.recv(65536)
+        if not received:
+            return b""
+        request += received
+    head, _, body = request.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+    head, waits = re.subn(rb"\r\nexpect: *100-continue", b"", head, flags=re.IGNORECASE)
+    if waits:
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    while length and len(body) < int(length[1]):
+        received = client.recv(1 << 20)
+        if not received:
+            return b""
+        body += received
+    return head + b"\r\n\r\n" + body
 
 
 @contextlib.contextmanager

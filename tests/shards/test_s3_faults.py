@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Generator
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 from infra import local
 from shards import s3_store
 from shards.read import ClipLoader, LoaderOptions
-from shards.store import S3Access, StoreUnreachable, open_store
+from shards.store import S3Access, Store, StoreUnreachable, open_store
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.fixtures_services import temporary_home
 
@@ -61,6 +62,42 @@ def test_network_that_never_mends_ends_in_one_sentence(
     assert 1 < time.monotonic() - began < 10
     assert 2 < 100 - len(proxy.faults) < 30
     proxy.faults.clear()
+
+
+@pytest.fixture
+def conflicting(local_s3: S3Access, proxy: FaultProxy) -> Store:
+    """A store behind the proxy, whose next request is the write asked of it."""
+    proxy.faults.clear()
+    store = open_store(f"{URI}/{uuid.uuid4().hex}", replace(local_s3, endpoint_url=proxy.url))
+    store.write("bucket was looked for", b"")
+    return store
+
+
+def test_conditional_write_that_met_another_is_tried_again(conflicting: Store, proxy: FaultProxy) -> None:
+    proxy.faults.extend(["409", "409"])
+    assert conflicting.write_if_absent("once", b"mine")
+    assert conflicting.read("once") == b"mine"
+
+
+def test_second_of_two_conditional_writes_at_once_learns_that_it_was_second(
+    local_s3: S3Access, conflicting: Store, proxy: FaultProxy
+) -> None:
+    open_store(conflicting.uri, local_s3).write_if_absent("once", b"the other's")
+    proxy.faults.append("409")
+    assert not conflicting.write_if_absent("once", b"mine")
+    assert conflicting.read("once") == b"the other's"
+
+
+def test_conflict_that_never_ends_may_be_outlasted(
+    conflicting: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "_PATIENCE_S", 0.5)
+    proxy.faults.extend(["409"] * 100)
+    with pytest.raises(StoreUnreachable, match=r"once now \(ConditionalRequestConflict.*try again later"):
+        conflicting.write_if_absent("once", b"mine")
+    assert 2 < 100 - len(proxy.faults) < 30
+    proxy.faults.clear()
+    assert not conflicting.exists("once")
 
 
 @pytest.mark.chaos
