@@ -56,9 +56,7 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        if self._state.is_due("mark", _SECONDS_BETWEEN_MARKS):
-            with contextlib.suppress(OSError):
-                os.utime(self._set_folder)
+        self._mark()
         return data
 
     def has(self, sha256: str) -> bool:
@@ -78,6 +76,7 @@ class DiskCache:
         temporary = path.parent / f"{_WRITING}{uuid.uuid4().hex}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._mark()
             if path.exists():
                 return
             if not self._reserve(len(data)):
@@ -94,6 +93,12 @@ class DiskCache:
                 temporary.unlink(missing_ok=True)
             self._state.wait()
             self._complain(error)
+
+    def _mark(self) -> None:
+        """Say that the set is in use. What fills it must say so too: its first epoch may find nothing for hours."""
+        if self._state.is_due("mark", _SECONDS_BETWEEN_MARKS):
+            with contextlib.suppress(OSError):
+                os.utime(self._set_folder)
 
     def _reserve(self, num_bytes: int) -> bool:
         """Takes so many bytes of the room, if need be what idle sets have."""

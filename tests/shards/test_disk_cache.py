@@ -80,6 +80,20 @@ def test_reading_a_set_keeps_it_from_being_idle(tmp_path: Path) -> None:
     assert time.time() - (tmp_path / "set").stat().st_mtime < 60
 
 
+def test_set_that_is_being_filled_is_not_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first epoch reads nothing from the cache, and clips in folders that are there leave the set's as it is."""
+    monkeypatch.setattr(disk_cache, "_SECONDS_BETWEEN_COUNTS", 0.0)
+    first = clip(0)
+    second = next(each for each in map(clip, range(1, 5000)) if each[0][:2] == first[0][:2])
+    cache_of(tmp_path, 2_500, "filling").put(*first)
+    os.utime(tmp_path / "filling", (time.time() - 5000,) * 2)
+    cache_of(tmp_path, 2_500, "filling").put(*second)
+    cache_of(tmp_path, 2_500, "another").put(*clip(5001))
+    filling = cache_of(tmp_path, 2_500, "filling")
+    assert filling.get(first[0])
+    assert filling.get(second[0])
+
+
 def test_disk_that_refuses_is_told_of_once(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     cache = cache_of(tmp_path)
     cache.put(*clip(0))
