@@ -105,7 +105,7 @@ def fit(
     """
     stage, number = plan.stage, plan.number
     keep_freed_memory(world.device)
-    train = _Repeated(train, stage.passes(train.num_steps))
+    train = _Passes(train, number, stage.passes(train.num_steps))
     choose_trained(model, stage)
     training = plan.training
     model.speed(compile=training.compile, cuda_graphs=training.cuda_graphs, recompute=training.recompute)
@@ -164,7 +164,7 @@ class _Epochs:
         sums = _Sums(resume.sums if resume is not None and world.rank == 0 else None)
         started, num_before = time.perf_counter(), sums.clips
         self.model.train()
-        batches = self.train.epoch(epoch + plan.number * _EPOCHS_APART, first)
+        batches = self.train.epoch(epoch, first)
         for step, batch in enumerate(batches_on(world.device, batches), start=first):
             loss = self._step(batch, epoch, step, sums)
             if not math.isfinite(loss):
@@ -210,11 +210,11 @@ class _Epochs:
         )
 
 
-class _Repeated:
-    """Batches whose epoch is several passes over the training part, each in an order and with views of its own."""
+class _Passes:
+    """A stage's batches: an epoch is some passes over the training part, each in an order and with views of its own."""
 
-    def __init__(self, batches: Batches, passes: int) -> None:
-        self._batches, self._passes = batches, passes
+    def __init__(self, batches: Batches, stage: int, passes: int) -> None:
+        self._batches, self._stage, self._passes = batches, stage, passes
 
     @property
     def num_steps(self) -> int:
@@ -223,17 +223,24 @@ class _Repeated:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         first, start_step = divmod(start_step, self._batches.num_steps)
         for number in range(first, self._passes):
-            yield from self._batches.epoch(epoch * self._passes + number, start_step if number == first else 0)
+            drawn = _epoch_of_pass(self._stage, epoch * self._passes + number)
+            yield from self._batches.epoch(drawn, start_step if number == first else 0)
 
 
-def epochs_read(plan: StagePlan, steps_a_pass: int) -> range:
+def epochs_read(plan: StagePlan, steps_a_pass: int) -> Iterator[int]:
     """The epochs that `fit` asks its training batches for, when one pass over them has so many steps."""
-    passes = plan.stage.passes(steps_a_pass)
-    first = plan.number * _EPOCHS_APART
-    return range(first * passes, (first + plan.stage.epochs) * passes)
+    num_passes = plan.stage.epochs * plan.stage.passes(steps_a_pass)
+    return (_epoch_of_pass(plan.number, done) for done in range(num_passes))
 
 
-_EPOCHS_APART = 1_000_000  # stage 2 draws other orders and views than stage 1
+_PASSES_A_TURN = 1_000_000
+
+
+def _epoch_of_pass(stage: int, passes_done: int) -> int:
+    """The epoch, for the batches, of a stage's pass after so many others. The stages take turns, a million passes each,
+    so that no pass of one has the order and the views of a pass of the other, however many there are."""
+    turns_before, place = divmod(passes_done, _PASSES_A_TURN)
+    return (stage + 2 * turns_before) * _PASSES_A_TURN + place
 
 
 def draw_seed(seed: int, stage: int, epoch: int, step: int, position: int) -> int:

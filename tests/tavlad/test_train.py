@@ -7,9 +7,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tavlad.checkpoint import TrainState, load_state, load_weights_into, save_checkpoint
@@ -17,9 +20,9 @@ from tavlad.clip import ClipBatch
 from tavlad.config import StageConfig
 from tavlad.evaluate import evaluate
 from tavlad.model import TaVlad
-from tavlad.optim import choose_trained, learning_rate
+from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import World
-from tavlad.train import Diverged, EpochReport, Listeners, StagePlan, fit
+from tavlad.train import Diverged, EpochReport, Listeners, StagePlan, epochs_read, fit
 from tests.ports import free_port
 from tests.tavlad.tiny import CARD, CONFIG, STAGE1, STAGE2, TRAINING, TinyBatches, build_model
 
@@ -153,25 +156,77 @@ def test_run_resumed_after_any_step_ends_with_the_same_weights_and_metrics(tmp_p
             assert metrics[name] == expected[epoch][name]
 
 
+class Watched(TinyBatches):
+    """Batches that remember which epochs, from which step on, they were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, int]] = []
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+        self.asked.append((epoch, start_step))
+        return super().epoch(epoch, start_step)
+
+
 def test_steps_of_a_stage_are_passes_within_its_epochs() -> None:
     """10 clips in batches of 4 are 3 steps a pass: 36 steps in 4 epochs are 3 passes each, in orders of their own."""
-    stage = dataclasses.replace(STAGE1, epochs=4, steps=36)
-    asked: list[int] = []
-
-    class Watched(TinyBatches):
-        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
-            asked.append(epoch)
-            return super().epoch(epoch, start_step)
-
+    stage, batches = dataclasses.replace(STAGE1, epochs=4, steps=36), Watched()
     steps: list[tuple[int, int]] = []
     reports: list[EpochReport] = []
     listeners = Listeners(on_epoch=reports.append, on_step=lambda done, total: steps.append((done, total)))
-    fit(build_model(), StagePlan(number=1, stage=stage, training=TRAINING), Watched(), None, listeners)
+    fit(build_model(), StagePlan(number=1, stage=stage, training=TRAINING), batches, None, listeners)
     assert [report.epoch for report in reports] == [1, 2, 3, 4]
     assert steps == [(done, 36) for done in range(1, 37)]
-    assert len(set(asked)) == len(asked) == 12
+    assert len(set(batches.asked)) == len(batches.asked) == 12
     assert [stage.passes(num) for num in (1, 3, 100)] == [9, 3, 1]
     assert dataclasses.replace(stage, steps=0).passes(3) == 1
+
+
+_TWO = st.lists(st.integers(1, 3), min_size=2, max_size=2)
+
+
+@settings(max_examples=25, deadline=None)
+@example(epochs=[2, 2], passes=[2, 1])
+@example(epochs=[1, 1], passes=[1_000_001, 1])
+@given(epochs=_TWO, passes=_TWO)
+def test_no_two_passes_of_a_training_have_the_same_order_and_views(epochs: list[int], passes: list[int]) -> None:
+    seen: list[np.ndarray] = []
+    for number, num_epochs, num_passes in zip((1, 2), epochs, passes, strict=True):
+        stage = dataclasses.replace(STAGE1, epochs=num_epochs, steps=3 * num_epochs * num_passes)
+        plan = StagePlan(number=number, stage=stage, training=TRAINING)
+        seen.append(np.fromiter(epochs_read(plan, 3), dtype=np.int64))
+        assert len(seen[-1]) == num_epochs * num_passes
+    together = np.concatenate(seen)
+    assert len(np.unique(together)) == len(together)
+
+
+@pytest.mark.parametrize("steps", [0, 18])
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_stage_reads_is_what_it_is_said_to_read(number: Literal[1, 2], steps: int) -> None:
+    """A sweep prepares the views by it. 3 steps a pass: 2 epochs of 1 or of 3 passes."""
+    batches, stage = Watched(), dataclasses.replace(STAGE1, steps=steps)
+    plan = StagePlan(number=number, stage=stage, training=TRAINING)
+    fit(build_model(), plan, batches, None, Listeners(on_epoch=lambda _: None))
+    assert [epoch for epoch, _ in batches.asked] == list(epochs_read(plan, batches.num_steps))
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0, [(1_000_001, 1)]), (18, [(1_000_004, 1), (1_000_005, 0)])])
+def test_orders_and_views_are_those_of_trainings_under_way(steps: int, expected: list[tuple[int, int]]) -> None:
+    """Written down once: a change here breaks the resuming of trainings that make one pass an epoch. 3 steps a pass:
+    resumed in the second of 2 epochs, in its first or its second pass."""
+    batches, stage = Watched(), dataclasses.replace(STAGE1, steps=steps)
+    model = build_model()
+    choose_trained(model, stage)
+    state = TrainState(
+        stage=1,
+        next_epoch=1,
+        next_step=1 if not steps else 4,
+        optimizer=build_optimizer(model, stage, TRAINING).state_dict(),
+    )
+    plan = StagePlan(number=1, stage=stage, training=TRAINING)
+    fit(model, plan, batches, None, Listeners(on_epoch=lambda _: None), resume=state)
+    assert batches.asked == expected
+    assert list(epochs_read(StagePlan(number=2, stage=STAGE2, training=TRAINING), 3)) == [2_000_000, 2_000_001]
 
 
 def test_label_smoothing_is_that_of_the_written_out_loss() -> None:
