@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,43 @@ def test_secrets_are_references_and_nowhere_values() -> None:
     documented = (ROOT / "docs" / "DEPLOY.md").read_text()
     for name in referred | {"ray-token"}:
         assert f"create secret generic {name}" in documented, f"DEPLOY.md does not say how {name} is made"
+
+
+def test_secret_that_a_role_replaces_may_be_absent() -> None:
+    """DEPLOY.md leaves `s3-keys` out where the cloud gives the service account a role; pods must start all the same."""
+    references: list[Manifest] = []
+    for container in (each for manifest in KUBERNETES for pod in pods(manifest) for each in pod["containers"]):
+        references += [each["secretRef"] for each in container.get("envFrom", []) if "secretRef" in each]
+        sources = [each["valueFrom"] for each in container.get("env", []) if "valueFrom" in each]
+        references += [each["secretKeyRef"] for each in sources if "secretKeyRef" in each]
+    optional = {name: {each.get("optional", False) for each in references if each["name"] == name} for name in SECRETS}
+    assert optional == {"s3-keys": {True}, "ray-token": {False}, "mlflow-database": {False}}
+
+
+SECRETS = ("s3-keys", "ray-token", "mlflow-database")
+
+
+def refused_by_operator(spec: Manifest) -> list[str]:
+    """What KubeRay's operator refuses of a RayJob beyond its schema (ValidateRayJobSpec): the job would never start."""
+    refused: list[str] = []
+    if spec.get("clusterSelector"):
+        refused += ["no cluster is named"] * (not spec["clusterSelector"].get("ray.io/cluster"))
+        refused += ["backoffLimit beside clusterSelector"] * (spec.get("backoffLimit", 0) > 0)
+        refused += ["suspend beside clusterSelector"] * spec.get("suspend", False)
+        refused += ["SidecarMode beside clusterSelector"] * (spec.get("submissionMode") == "SidecarMode")
+    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not spec.get("shutdownAfterJobFinishes"):
+        refused += ["ttlSecondsAfterFinished without shutdownAfterJobFinishes"]
+    return refused
+
+
+def test_operator_accepts_our_jobs() -> None:
+    (job,) = [each for each in KUBERNETES if each["kind"] == "RayJob"]
+    assert refused_by_operator(job["spec"]) == []
+    (cluster,) = [each for each in KUBERNETES if each["kind"] == "RayCluster"]
+    assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
+    assert job["spec"]["submitterConfig"]["backoffLimit"] > 0, "a submitter that was lost is started again"
+    changes = {"backoffLimit": 1, "suspend": True, "submissionMode": "SidecarMode", "ttlSecondsAfterFinished": 60}
+    assert len(refused_by_operator(job["spec"] | changes)) == 4
 
 
 def test_network_is_closed_but_for_what_is_named() -> None:
@@ -328,3 +366,36 @@ def test_image_is_staged_pinned_and_not_roots() -> None:
         assert all((ROOT / name).exists() for name in copied.split())
         kept = (ROOT / ".dockerignore").read_text().split()
         assert all(f"!{name}" in kept for name in copied.split())
+
+
+def test_image_has_every_extra() -> None:
+    """What a verb can be asked for works in the image, in both of its variants."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    build = (INFRA / "Dockerfile").read_text().replace("\\\n", " ")
+    installs = [set(re.findall(r"--extra (\w+)", command)) for command in build.split(";") if "--extra" in command]
+    assert installs == [set(extras), set(extras)]
+
+
+_DEBIANS_PROFILE = """
+PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games
+export PATH
+for i in {folder}/etc/profile.d/*.sh; do if [ -r "$i" ]; then . "$i"; fi; done
+"""
+
+
+def test_login_shell_of_the_image_finds_ray_tavlad_and_their_python(tmp_path: Path) -> None:
+    """Ray's cluster launcher works through login shells, and Debian's /etc/profile forgets the image's PATH."""
+    text = (INFRA / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    binaries, profile = tmp_path / "opt/tavlad/bin", tmp_path / "etc/profile.d"
+    binaries.mkdir(parents=True)
+    profile.mkdir(parents=True)
+    for name in ("ray", "tavlad", "python"):
+        (binaries / name).touch(mode=0o755)
+    for command in re.findall(r"echo .* > /etc/profile\.d/\S+", text):
+        subprocess.run(["sh", "-c", re.sub(r"/(opt|etc)/", rf"{tmp_path}/\1/", command)], check=True)
+    (tmp_path / ".bash_profile").write_text(_DEBIANS_PROFILE.format(folder=tmp_path))
+    shell = ["bash", "--login", "-c", "command -v ray tavlad python"]
+    done = subprocess.run(
+        shell, env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == [str(binaries / name) for name in ("ray", "tavlad", "python")]
