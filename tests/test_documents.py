@@ -64,6 +64,13 @@ def test_targets_modules_and_files_in_documents_exist() -> None:
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{name}: {module}"
 
 
+def test_no_fault_that_ends_a_training_claims_equal_weights() -> None:
+    rows = re.findall(r"^\|.*\|$", (ROOT / "docs" / "RELIABILITY.md").read_text(encoding="utf-8"), re.MULTILINE)
+    ended = [row for row in rows if "exit code 2" in row and row.count("|") == 6]
+    assert len(ended) == 2, "the rows were not found"
+    assert not [row for row in ended if re.search(r"\| yes[^|]*\|$", row)], "nothing was there to compare"
+
+
 _NOT_RUN = {
     "kubectl": "no Kubernetes",
     "docker": "no container runtime",

@@ -178,18 +178,24 @@ def undisturbed(local_site: Site, chaos_set: None) -> Undisturbed:
 
 
 @pytest.fixture
-def ends_as_undisturbed(local_site: Site, undisturbed: Undisturbed) -> Callable[[Training], None]:
-    """Asserts all that a disturbed training promises."""
+def ends_as_undisturbed(local_site: Site, undisturbed: Undisturbed) -> Callable[[Training], str]:
+    """Asserts all that a disturbed training promises, and says which weights it compared."""
 
-    def check(training: Training) -> None:
-        found = _result(local_site, training.name)
-        assert found.weights.keys() == undisturbed.weights.keys()
-        for name, tensor in undisturbed.weights.items():
-            assert np.array_equal(found.weights[name], tensor), name
+    def check(training: Training) -> str:
+        compared = _compared(_result(local_site, training.name), undisturbed)
         _assert_told_once(local_site, training.name, undisturbed.history)
         _until(lambda: not _left_behind(local_site), 60)
+        return compared
 
     return check
+
+
+def _compared(found: Undisturbed, expected: Undisturbed) -> str:
+    """Asserts that all weights are the same to the bit; the row's last column."""
+    assert expected.weights.keys() == found.weights.keys()
+    for name, tensor in expected.weights.items():
+        assert np.array_equal(found.weights[name], tensor), name
+    return f"yes: {len(expected.weights)} tensors, bit for bit"
 
 
 def _assert_told_once(site: Site, name: str, history: list[dict[str, Any]], epochs_before: int = _EPOCHS[1]) -> None:
@@ -276,17 +282,18 @@ def _newest(site: Site, training: Training) -> str:
 
 
 @pytest.fixture
-def show(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Prints a row: the fault, what was seen, steps repeated, seconds to recover."""
+def show(capsys: pytest.CaptureFixture[str]) -> Callable[[str, str, str, str, str], None]:
+    """Prints a row: the fault, what was seen, steps repeated, seconds to recover, which weights were compared."""
 
-    def row(fault: str, seen: str, repeated: str, seconds: str) -> None:
+    def row(fault: str, seen: str, repeated: str, seconds: str, compared: str) -> None:
         with capsys.disabled():
-            print(f"\n| {fault} | {seen} | {repeated} | {seconds} | yes |", flush=True)  # noqa: T201
+            print(f"\n| {fault} | {seen} | {repeated} | {seconds} | {compared} |", flush=True)  # noqa: T201
 
     return row
 
 
-Show = Callable[..., None]
+Show = Callable[[str, str, str, str, str], None]
+_NONE_COMPARED = "nothing to compare: no last checkpoint"
 
 
 def _kill_service(site: Site, name: str) -> None:
@@ -295,7 +302,7 @@ def _kill_service(site: Site, name: str) -> None:
 
 
 def test_a_killed_worker_is_replaced_within_half_a_minute(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     """Five times, now one rank, now the other; each time once a new checkpoint is there."""
     training = Training(1)
@@ -312,15 +319,15 @@ def test_a_killed_worker_is_replaced_within_half_a_minute(
     told = r"worker .* (died|lost).*starting again now \(restart 1 of at most 5 without a new checkpoint\)"
     assert len(re.findall(told, training.text)) == _KILLS, training.text
     assert statistics.median(seconds) < _SECONDS_TO_RECOVER, training.text
-    ends_as_undisturbed(training)
+    compared = ends_as_undisturbed(training)
     with_median = f"{', '.join(f'{each:.1f}' for each in seconds)} s; median {statistics.median(seconds):.1f} s"
     repeated = ", ".join(str(steps) for _, steps in training.recoveries)
-    show(f"kill -9 of a worker, {_KILLS} times", "said at once; started again", repeated, with_median)
-    show("(what was said meanwhile)", _said(training, "died", "training again"), "", "")
+    show(f"kill -9 of a worker, {_KILLS} times", "said at once; started again", repeated, with_median, compared)
+    show("(what was said meanwhile)", _said(training, "died", "training again"), "", "", "")
 
 
 def test_workers_killed_while_they_start_are_started_again(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(10)
     _until_saved(local_site, training)
@@ -341,19 +348,20 @@ def test_workers_killed_while_they_start_are_started_again(
     again = training.until("training again after")
     training.ends_well()
     restarts = re.findall(r"\(restart (\d)", training.text)
-    ends_as_undisturbed(training)
+    compared = ends_as_undisturbed(training)
     seen = f"restarts {', '.join(restarts)}, each after a longer pause"
     show(
         "kill -9 of workers that are just starting, 3 times in a row",
         seen,
         _repeated(training),
         f"{again - began:.0f} s",
+        compared,
     )
 
 
 @pytest.mark.parametrize("moment", ["training", "starting"])
 def test_a_killed_controller_of_ray_train_is_started_again(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show, moment: str
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show, moment: str
 ) -> None:
     training = Training(11 if moment == "training" else 23)
     if moment == "training":
@@ -366,12 +374,13 @@ def test_a_killed_controller_of_ray_train_is_started_again(
     again = training.until("training again after")
     training.ends_well()
     assert training.when("Ray's controller of the training was lost") is not None, training.text
-    ends_as_undisturbed(training)
+    compared = ends_as_undisturbed(training)
     show(
         f"kill -9 of Ray Train's controller while it is {moment}",
         "said; Ray Train started again",
         _repeated(training),
         f"{again - killed:.1f} s",
+        compared,
     )
 
 
@@ -393,7 +402,7 @@ def _said(training: Training, first: str, last: str) -> str:
 
 
 def test_a_killed_driver_goes_on_when_it_is_submitted_again(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(2)
     _until_saved(local_site, training)
@@ -404,13 +413,14 @@ def test_a_killed_driver_goes_on_when_it_is_submitted_again(
     step = again.until("the first step is done")
     again.ends_well()
     assert again.when("going on from checkpoint stage") is not None, "killed too late to prove anything"
-    ends_as_undisturbed(again)
+    compared = ends_as_undisturbed(again)
     seen = "went on from the newest checkpoint, in the same MLflow runs"
-    show("kill -9 of the driver, submitted again", seen, "at most 2", f"{step - submitted:.1f} s from the submission")
+    seconds = f"{step - submitted:.1f} s from the submission"
+    show("kill -9 of the driver, submitted again", seen, "at most 2", seconds, compared)
 
 
 def test_a_store_that_is_killed_while_a_checkpoint_is_written_is_waited_for(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(3)
     _until_saved(local_site, training)
@@ -429,14 +439,14 @@ def test_a_store_that_is_killed_while_a_checkpoint_is_written_is_waited_for(
     answers = training.until("the store answers again")
     training.ends_well()
     assert training.when("waiting for the store") is not None, training.text
-    ends_as_undisturbed(training)
+    compared = ends_as_undisturbed(training)
     seen = "said that it waits, and that the store answers again"
     fault = "kill -9 of the S3 server for 30 s while a checkpoint is written"
-    show(fault, seen, _repeated(training) or "0", f"{answers - up:.1f} s after the server was back")
+    show(fault, seen, _repeated(training) or "0", f"{answers - up:.1f} s after the server was back", compared)
 
 
 def test_mlflow_away_for_all_of_stage_1_is_told_afterwards(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(4)
     training.until("Training chaos")
@@ -445,8 +455,10 @@ def test_mlflow_away_for_all_of_stage_1_is_told_afterwards(
     local.up(services=["mlflow"])
     training.ends_well()
     subprocess.run([sys.executable, "-m", "ray_jobs.cli", "deliver"], check=True, capture_output=True)
-    ends_as_undisturbed(training)
-    show("MLflow away for all of stage 1", "trained on; every metric was told once, later", "0", "none needed")
+    compared = ends_as_undisturbed(training)
+    show(
+        "MLflow away for all of stage 1", "trained on; every metric was told once, later", "0", "none needed", compared
+    )
 
 
 @pytest.fixture
@@ -464,18 +476,18 @@ def full_disk(tmp_path: Path) -> Generator[Path]:
 
 
 def test_a_full_disk_for_the_cache_is_done_without(
-    full_disk: Path, ends_as_undisturbed: Callable[[Training], None], show: Show
+    full_disk: Path, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(5, TAVLAD_CACHE=str(full_disk))
     training.ends_well()
     status = os.statvfs(full_disk)
     assert status.f_bavail * status.f_bsize < 64_000, "it was full"
-    ends_as_undisturbed(training)
-    show("full disk for the cache", "clips were read from the store", "0", "none needed")
+    compared = ends_as_undisturbed(training)
+    show("full disk for the cache", "clips were read from the store", "0", "none needed", compared)
 
 
 def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
-    local_site: Site, ends_as_undisturbed: Callable[[Training], None], show: Show
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
 ) -> None:
     training = Training(6, "resources.checkpoint_steps=0")
     _until_saved(local_site, training)
@@ -486,9 +498,9 @@ def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
     training.ends_well()
     assert training.when("; 0 steps are repeated") is not None, training.text
     assert training.when("restart 1 of") is None, "an announced end is not counted"
-    ends_as_undisturbed(training)
+    compared = ends_as_undisturbed(training)
     seen = f"a checkpoint {saved - told:.1f} s later; not counted as a failure"
-    show("SIGTERM to a worker", seen, _repeated(training), f"{training.recoveries[0][0] - told:.1f} s")
+    show("SIGTERM to a worker", seen, _repeated(training), f"{training.recoveries[0][0] - told:.1f} s", compared)
 
 
 def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None, show: Show) -> None:
@@ -498,7 +510,9 @@ def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None, show: 
     assert training.when(r"error: the loss became .* lower stage1\.lr") is not None, training.text
     assert training.when("starting again") is None, training.text
     assert "Traceback" not in training.text
-    show("a mistake of the user (loss no number)", "one sentence, exit code 2", "never tried again", "–")
+    show(
+        "a mistake of the user (loss no number)", "one sentence, exit code 2", "never tried again", "–", _NONE_COMPARED
+    )
 
 
 def test_a_model_too_large_for_the_memory_ends_the_training_at_once(chaos_set: None) -> None:
@@ -524,7 +538,7 @@ def test_a_worker_ended_for_its_nodes_lack_of_memory_ends_the_training_at_once(
     assert training.when("starting again") is None, training.text
     assert "Traceback" not in training.text
     _until(lambda: not _left_behind(local_site), 60)
-    show("a node out of memory", "one sentence, exit code 2", "never tried again", "–")
+    show("a node out of memory", "one sentence, exit code 2", "never tried again", "–", _NONE_COMPARED)
 
 
 _NODE = """
@@ -595,11 +609,11 @@ def fixed_order(local_site: Site, chaos_set: None) -> tuple[list[str], Undisturb
     return settings, _result(local_site, alone.name)
 
 
-def _assert_made_by_any_number(site: Site, training: Training, expected: Undisturbed) -> None:
-    found = _result(site, training.name)
-    assert all(np.array_equal(found.weights[name], tensor) for name, tensor in expected.weights.items())
+def _assert_made_by_any_number(site: Site, training: Training, expected: Undisturbed) -> str:
+    compared = _compared(_result(site, training.name), expected)
     _assert_told_once(site, training.name, expected.history, _LONG)
     _until(lambda: not _left_behind(site), 60)
+    return compared
 
 
 def test_a_training_goes_on_with_fewer_workers_and_grows_again(
@@ -624,11 +638,11 @@ def test_a_training_goes_on_with_fewer_workers_and_grows_again(
     training.until(f"the cluster has room for {cpus + 1} workers")
     training.until(f"going on from checkpoint .* with {cpus + 1} workers")
     training.ends_well()
-    _assert_made_by_any_number(local_site, training, expected)
+    compared = _assert_made_by_any_number(local_site, training, expected)
     seen = f"{cpus + 1} workers, then {cpus}, then {cpus + 1}; the bits of one worker"
     fault = f'a node of {cpus + 1} CPUs\' lost, another joins (`workers = "1-{cpus + 1}"`, deterministic)'
     seconds = f"{training.recoveries[0][0] - killed:.1f} s; to grow again {training.recoveries[1][0] - joined:.1f} s"
-    show(fault, seen, _repeated(training), seconds)
+    show(fault, seen, _repeated(training), seconds, compared)
 
 
 def test_a_node_that_is_to_be_taken_away_leaves_a_checkpoint(
@@ -652,11 +666,12 @@ def test_a_node_that_is_to_be_taken_away_leaves_a_checkpoint(
     training.until(f"going on from checkpoint .* with {cpus} workers")
     training.ends_well()
     assert "restart 1 of" not in training.text, "an announced end is not counted"
-    _assert_made_by_any_number(local_site, training, expected)
+    compared = _assert_made_by_any_number(local_site, training, expected)
     seen = f"a checkpoint {saved - told:.1f} s later; went on with {cpus} workers; not counted as a failure"
     show(
         "a node of which Ray is told that it will be taken away",
         seen,
         _repeated(training),
         f"{training.recoveries[0][0] - told:.1f} s",
+        compared,
     )
