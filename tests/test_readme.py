@@ -33,3 +33,9 @@ def test_every_verb_is_in_the_table_and_has_an_example_in_its_help() -> None:
     for name, command in commands.items():
         assert re.search(rf"`(tavlad )?{name}\b", text), f"the README does not name the verb {name}"
         assert f"tavlad {name}" in command.help or f"--json {name}" in command.help, f"{name} --help has no example"
+
+
+def test_first_screen_says_what_is_not_shown() -> None:
+    first = " ".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:20])
+    assert "Nothing has been trained on HMDB51 or UCF101 yet" in first
+    assert "In none of our comparisons did the paper's attention help" in first
