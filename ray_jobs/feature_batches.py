@@ -12,6 +12,7 @@ from shards.disk_cache import DiskCache
 from shards.features import CENTRE_SLOT, Entry, FeatureSet, FeatureTable
 from shards.read import ClipLoader
 from shards.read_ahead import read_ahead
+from shards.store import MissingObject
 from shards.transforms import draw_slot, views_of
 from tavlad.clip import FeatureBatch, Features, PooledBatch
 from tavlad.config import StageConfig
@@ -109,7 +110,10 @@ class FeatureBatches:
         """The stored features of a clip, or else its frames."""
         place = table.place(row, slot)
         if place is not None:
-            return self._features.read(place, self._cache)
+            try:
+                return self._features.read(place, self._cache)
+            except MissingObject:  # it has expired since the table was made
+                self._table = None
         key = self.loader.clips.key(row)
         return self.loader.read_view(row, None if slot == CENTRE_SLOT else views_of(key)[slot])
 

@@ -2,15 +2,21 @@
 trials and runs.
 
 facts.json               what the features are of; sets that differ in any of it are different sets
-shards/BBBBB-SS.tar      plain WebDataset, KEY@SS.map.npy and KEY@SS.activation.npy: a block of clips in view slot SS
+shards/BBBBB-SS-ID.tar   plain WebDataset, KEY@SS.map.npy and KEY@SS.activation.npy: a block of clips in view slot SS
 parts/BBBBB-SS.parquet   the shard's rows, written after it: a shard without its part does not exist
 split1-8views.parquet    all rows that split 1 needs for 8 views a clip, written last: what is filled
 through/ID.tar, .parquet the same for entries that trainings computed on their way, before the set was filled
 
 A block holds clips that are on the same side of every split, so that the splits share shards and no view is computed
-for a split that does not need it.
+for a split that does not need it. A shard's ID is the digest of what it holds: two fillers whose GPUs round
+differently write two shards, and the part names the one whose filler was first. Sets of earlier versions have shards
+without an ID; rows say where their shard is.
+
+A bucket may let objects expire, each when it is so many days old. A row whose shard is gone counts for nothing, and a
+split of which anything is gone is not filled.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +34,7 @@ from pyarrow.compute import call_function
 from shards.clip_bytes import END_OF_SHARD, read_tar_members, tar_members
 from shards.disk_cache import DiskCache
 from shards.index import NUM_SPLITS, ClipPlace, ClipTable, Index, read_table, table_bytes
-from shards.store import Store, StoreError
+from shards.store import MissingObject, Store, StoreError
 from shards.transforms import VIEWS
 from tavlad.clip import BadClip, FeatureKind
 from tavlad.errors import UserError
@@ -83,7 +89,8 @@ class FeatureTable:
     def __init__(self, clips: ClipTable, rows: pa.Table) -> None:
         self._rows = rows.combine_chunks()
         self._where = np.full((len(clips), CENTRE_SLOT + 1), -1, dtype=np.int32)
-        clip_rows = call_function("index_in", [rows["key"]], options=_value_set(clips)).fill_null(-1).to_numpy()
+        keys = _value_set(clips.table["key"].combine_chunks())
+        clip_rows = call_function("index_in", [rows["key"]], options=keys).fill_null(-1).to_numpy()
         known = clip_rows >= 0
         self._where[clip_rows[known], rows["slot"].to_numpy()[known]] = np.flatnonzero(known)
 
@@ -145,32 +152,45 @@ class FeatureSet:
 
     def missing(self, shards: Sequence[FeatureShard]) -> list[FeatureShard]:
         """Those not yet written whole."""
-        done = set(self.store.list("parts/"))
+        there = set(self.store.list("parts/"))
+        paths = [path for path in map(_part_path, shards) if path in there]
+        done = {path for path, rows in self._lasting(paths) if rows.num_rows}
         return [shard for shard in shards if _part_path(shard) not in done]
 
     def write_shard(self, index: Index, shard: FeatureShard, entries: Iterable[Entry]) -> None:
         """Write a shard's entries, in the order of its rows, and then make it visible."""
         keys = index.clips_table.keys(np.array(shard.rows))
-        content = _Shard(f"shards/{shard.name}.tar")
+        content = _Shard()
         for key, entry in zip(keys, entries, strict=True):
             content.add(key, shard.slot, entry)
-        content.write(self.store, _part_path(shard))
+        tar = content.tar()
+        path, part = f"shards/{shard.name}-{hashlib.sha256(tar).hexdigest()[:16]}.tar", _part_path(shard)
+        self.store.write(path, tar)
+        if self.store.write_if_absent(part, content.rows(path)):
+            return
+        first = str(read_table(self.store, part)[0]["shard"][0].as_py())
+        if not self.store.exists(first):  # it has expired
+            self.store.write(part, content.rows(path))
+        elif first != path:
+            self.store.delete(path)
 
     def publish(self, index: Index, split: int, num_views: int) -> None:
-        """Make the split's features visible as whole. All its shards must be written."""
+        """Make the split's features visible as whole, instead of what has expired. All its shards must be written."""
         self._write_facts()
         tables = [read_table(self.store, _part_path(shard))[0] for shard in self.plan(index, split, num_views)]
         rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-        self.store.write_if_absent(_index_path(split, num_views), table_bytes(rows, {"facts": self.facts}))
+        self.store.write(_index_path(split, num_views), table_bytes(rows, {"facts": self.facts}))
 
     def filled(self, split: int, num_views: int) -> pa.Table | None:
-        """All rows of a split with at least that many views a clip; None if that was not filled."""
+        """All rows of a split with at least that many views a clip; None if that was not filled or is not all there."""
+        paths = [_index_path(split, views) for views in range(num_views, len(VIEWS) + 1)]
         present = set(self.store.list("split"))
-        for views in range(num_views, len(VIEWS) + 1):
-            if _index_path(split, views) in present:
-                table, described = read_table(self.store, _index_path(split, views))
+        for path in paths:
+            if path in present:
+                table, described = read_table(self.store, path)
                 require_same(described["facts"], self.facts, self.store.uri)
-                return table
+                if _among(table, self._shards()).num_rows == table.num_rows:
+                    return table
         return None
 
     def found(self, split: int, num_views: int) -> pa.Table:
@@ -178,13 +198,23 @@ class FeatureSet:
         filled = self.filled(split, num_views)
         paths = [] if filled is not None else self.store.list("parts/")
         paths = [*paths, *(each for each in self.store.list("through/") if ".parquet" in each)]
-        tables = [read_table(self.store, path)[0].replace_schema_metadata(None) for path in paths]
+        tables = [rows for _, rows in self._lasting(paths)]
         if filled is not None:
             tables.append(filled.replace_schema_metadata(None))
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
+    def _lasting(self, paths: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Each of these tables, without the rows whose shard is gone."""
+        there = self._shards() if paths else set[str]()
+        for path in paths:
+            with contextlib.suppress(MissingObject):  # the table itself has gone meanwhile
+                yield path, _among(read_table(self.store, path)[0].replace_schema_metadata(None), there)
+
+    def _shards(self) -> set[str]:
+        return {*self.store.list("shards/"), *self.store.list("through/")}
+
     def read(self, place: ClipPlace, cache: DiskCache | None = None) -> Entry:
-        """One entry, proved by its digest; from this node's disk where it is there."""
+        """One entry, proved by its digest; from this node's disk where it is there. `MissingObject` if it expired."""
         members = cache.get(place.sha256) if cache else None
         if members is None:
             members = self._fetch(place)
@@ -225,7 +255,7 @@ class Through:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._shard = self._new()
+        self._shard = _Shard()
 
     def add(self, key: str, slot: int, entry: Entry) -> None:
         """Keep an entry; written with the next `flush`, or when there is enough for a shard."""
@@ -236,18 +266,16 @@ class Through:
     def flush(self) -> None:
         """Write what was gathered."""
         if self._shard.size:
-            self._shard.write(self._store, self._shard.path.replace(".tar", ".parquet"))
-            self._shard = self._new()
-
-    def _new(self) -> "_Shard":
-        return _Shard(f"through/{uuid.uuid4().hex}.tar")
+            name = f"through/{uuid.uuid4().hex}"
+            self._store.write(f"{name}.tar", self._shard.tar())
+            self._store.write(f"{name}.parquet", self._shard.rows(f"{name}.tar"))
+            self._shard = _Shard()
 
 
 class _Shard:
     """A shard in the making."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self) -> None:
         self._members: list[bytes] = []
         self._rows: list[dict[str, object]] = []
         self.size = 0
@@ -258,14 +286,18 @@ class _Shard:
             files["activation.npy"] = _to_npy(entry.activation_THW)
         members = tar_members(f"{key}@{slot:02d}", files)
         digest = hashlib.sha256(members).hexdigest()
-        place = {"shard": self.path, "offset": self.size, "length": len(members), "sha256": digest}
+        place = {"offset": self.size, "length": len(members), "sha256": digest}
         self._rows.append({"key": key, "slot": slot, **place})
         self._members.append(members)
         self.size += len(members)
 
-    def write(self, store: Store, rows_path: str) -> None:
-        store.write(self.path, b"".join([*self._members, END_OF_SHARD]))
-        store.write(rows_path, table_bytes(pa.Table.from_pylist(self._rows, schema=SCHEMA), {}))
+    def tar(self) -> bytes:
+        return b"".join([*self._members, END_OF_SHARD])
+
+    def rows(self, path: str) -> bytes:
+        """The table of what is in it, once it is at a path."""
+        rows = [{**row, "shard": path} for row in self._rows]
+        return table_bytes(pa.Table.from_pylist(rows, schema=SCHEMA), {})
 
 
 def fingerprint(facts: Facts) -> str:
@@ -308,10 +340,16 @@ def _blocks(index: Index, entry_bytes: int) -> Iterator[tuple[tuple[str, ...], t
             yield parts, tuple(rows[start : start + length])
 
 
-def _value_set(clips: ClipTable) -> object:
+def _among(rows: pa.Table, shards: set[str]) -> pa.Table:
+    """The rows whose shard is one of these."""
+    known = call_function("is_in", [rows["shard"]], options=_value_set(pa.array(sorted(shards), pa.string())))
+    return rows.filter(known)
+
+
+def _value_set(values: pa.Array) -> object:
     from pyarrow.compute import SetLookupOptions
 
-    return SetLookupOptions(value_set=clips.table["key"].combine_chunks())
+    return SetLookupOptions(value_set=values)
 
 
 def _part_path(shard: FeatureShard) -> str:

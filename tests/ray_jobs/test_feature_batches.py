@@ -138,6 +138,22 @@ def test_batches_are_the_same_whatever_was_there_before(packed: PackedSet, tmp_p
     assert [batch.keys for batch in resumed] == [batch.keys for batch in read[1:]]
 
 
+def test_features_that_expire_while_a_training_reads_them_are_computed_again(packed: PackedSet, tmp_path: Any) -> None:
+    features = _features(tmp_path, "float32", "float16")
+    extract = _extractor(_model(), features)
+    batches = FeatureBatches(_loader(packed, "train", num_views=1), features, 1, extract)
+    expected = [list(batches.epoch(2)) for _ in range(2)][1]
+    assert batches.num_computed == 12
+    for path in features.store.list("through/"):
+        features.store.delete(path)
+    for num_computed in (24, 24):  # and kept for the next epoch
+        found = list(batches.epoch(2))
+        assert batches.num_computed == num_computed
+        for first, second in zip(expected, found, strict=True):
+            assert first.keys == second.keys
+            assert torch.equal(first.features.maps_BTDHW, second.features.maps_BTDHW)
+
+
 def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> None:
     features = _features(tmp_path, "float32", "float16")
     extract = _extractor(_model(), features)

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from shards.features import CENTRE_SLOT, SCHEMA, Entry, FeatureSet, FeatureTable
 from shards.store import Store, open_store
 from shards.transforms import VIEWS, views_of
 from tavlad.clip import BadClip
-from tests.shards.conftest import PowerCut
+from tests.shards.conftest import PowerCut, WatchedStore
 
 FACTS = {
     "name": "set",
@@ -24,9 +25,10 @@ FACTS = {
 }
 
 
-def _entry(row: int, slot: int) -> Entry:
+def _entry(row: int, slot: int, rounding: float = 0.0) -> Entry:
+    """What a clip's features are; each of two GPUs may round them its own way."""
     values = np.arange(2 * 3 * 2 * 2, dtype=np.float16).reshape(2, 3, 2, 2) + row
-    return Entry(values, np.full((2, 2, 2), slot, dtype=np.float32))
+    return Entry(values, np.full((2, 2, 2), slot + rounding, dtype=np.float32))
 
 
 def _fill(features: FeatureSet, index, split: int, num_views: int, at_most: int | None = None) -> None:
@@ -99,11 +101,44 @@ def test_filling_cut_off_twice_ends_as_one_that_was_not(packed, tmp_path, watche
     assert _everything(store) == _everything(whole.store)
 
 
+class _Overtaken(WatchedStore):
+    """A filler's store; another one does the same shard, all of it, before the filler's n-th write."""
+
+    def __init__(self, store: Store, writes: int, other: Callable[[], None]) -> None:
+        super().__init__(store)
+        self._writes = writes
+        self._other = other
+
+    def _count(self, path: str) -> None:
+        if len(self.writes) == self._writes:
+            self._other()
+        super()._count(path)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_of_two_fillers_of_a_shard_one_is_read(features, packed, writes: int) -> None:
+    (shard, *_) = features.plan(packed.index, 1, 1)
+
+    def write(store: Store, rounding: float) -> None:
+        entries = (_entry(row, shard.slot, rounding) for row in shard.rows)
+        FeatureSet(store, FACTS).write_shard(packed.index, shard, entries)
+
+    write(_Overtaken(features.store, writes, lambda: write(features.store, 0.25)), 0.5)
+    table = FeatureTable(packed.index.clips_table, features.found(1, 1))
+    places = [table.place(row, shard.slot) for row in shard.rows]
+    read = [features.read(place) for place in places if place is not None]
+    (rounding,) = {float(each.activation_THW[0, 0, 0]) - shard.slot for each in read}
+    assert len(read) == len(shard.rows)
+    assert rounding in (0.25, 0.5)
+    assert features.store.list("shards/") == [places[0].shard], "what the other wrote is removed"
+
+
 def test_shard_without_its_part_is_not_read(features, packed) -> None:
     plan = features.plan(packed.index, 1, 1)
     _fill(features, packed.index, 1, 1, at_most=2)
     features.store.delete(f"parts/{plan[0].name}.parquet")
-    assert features.found(1, 1)["shard"].unique().to_pylist() == [f"shards/{plan[1].name}.tar"]
+    (found,) = features.found(1, 1)["shard"].unique().to_pylist()
+    assert found.startswith(f"shards/{plan[1].name}-")
     assert plan[0] in features.missing(plan)
 
 
@@ -116,6 +151,47 @@ def test_what_trainings_left_is_found_until_the_split_is_filled(features, packed
     through.flush()
     assert features.found(1, 8)["slot"].to_pylist() == [7]
     assert features.filled(1, 8) is None
+
+
+@pytest.mark.parametrize("rounding", [0.0, 0.5])
+@pytest.mark.parametrize("expired", ["shards/", "shards/00000", "parts/", "parts/00000", "split", "facts", ""])
+def test_what_a_bucket_let_expire_is_missing_and_filled_again(features, packed, expired: str, rounding: float) -> None:
+    """A bucket's rule removes each object when it is so many days old."""
+    index = packed.index
+    _fill(features, index, 1, 2)
+    plan = features.plan(index, 1, 2)
+    gone = {path for path in features.store.list(expired) if path}
+    for path in gone:
+        features.store.delete(path)
+    is_whole = not expired.startswith(("shards/", "split")) and expired != ""
+    assert (features.filled(1, 2) is not None) == is_whole
+    num_gone = sum(len(shard.rows) for shard in features.missing(plan)) if not is_whole else 0
+    assert features.found(1, 2).num_rows == sum(len(shard.rows) for shard in plan) - num_gone
+    assert num_gone > 0 or expired in ("split", "facts") or expired.startswith("parts/")
+
+    for shard in features.missing(plan):
+        features.write_shard(index, shard, (_entry(row, shard.slot, rounding) for row in shard.rows))
+    features.publish(index, 1, 2)
+    rows = features.filled(1, 2)
+    assert rows is not None
+    assert rows.num_rows == sum(len(shard.rows) for shard in plan)
+    table = FeatureTable(index.clips_table, rows)
+    for shard in plan:
+        for row in shard.rows:
+            place = table.place(row, shard.slot)
+            assert place is not None
+            np.testing.assert_array_equal(features.read(place).map_TDHW, _entry(row, shard.slot).map_TDHW)
+
+
+def test_what_a_training_left_and_a_bucket_let_expire_is_not_found(features, packed) -> None:
+    key = packed.index.clips(1, "train").key(0)
+    for slot in (7, 8):
+        through = features.through()
+        through.add(key, slot, _entry(1, slot))
+        through.flush()
+    (shard,) = {row["shard"] for row in features.found(1, 8).to_pylist() if row["slot"] == 7}
+    features.store.delete(shard)
+    assert features.found(1, 8)["slot"].to_pylist() == [8]
 
 
 def test_fewer_views_are_among_more(features, packed) -> None:
