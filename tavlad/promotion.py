@@ -1,9 +1,14 @@
 """Who holds the alias `best`: moved by rule to what is more accurate, by hand to what a person says, and back.
 
-`best` is moved by a compare-and-set built from what MLflow has. A version about to take the alias first says so in a
-tag, with a value of its own; after taking it, it looks for versions that took it since it read the old holder. If one
-of them is better, that one was overwritten, and is put back. So the last to write leaves the best of those registered
-at the same time, and a version put there by hand gives way only to a better new one.
+`best` is moved by a compare-and-set built from what MLflow has. A version that has taken the alias says so in a tag,
+with a value of its own, and then looks for versions that took it since it read the old holder. If one of them is
+better, that one was overwritten, and is put back. Of two that overwrite one another, the later to write its tag sees
+the other's, so the last to write leaves the best of those registered at the same time. A process that dies on its way
+leaves nothing behind that counts later.
+
+Only a new version contends, once. It is created with a tag that says that this is still to come, so a registration
+that was cut off and is repeated makes up for it. Who moves `best` by hand decides for all versions there are, and
+clears that tag: a version put there by hand gives way only to a better one registered later.
 
 A version that takes the alias remembers whom it followed, which is what a rollback goes back to.
 """
@@ -36,7 +41,12 @@ REASON_TAG = "best.reason"
 _TURN_TAG = f"{OWN_TAGS}best"
 _FOLLOWED_TAG = f"{OWN_TAGS}best.followed"
 """The number of the version that held `best` before, empty for none."""
-_TAKING, _TAKEN = "taking ", "taken "
+_TAKEN = "taken "
+_CONTENDS_TAG = f"{OWN_TAGS}best.contends"
+"""Of a version that has not yet contended to the end."""
+
+CONTENDER = {_CONTENDS_TAG: "yes"}
+"""Tags to create a version with that is to contend."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +61,19 @@ class Moved:
     reason: str
 
 
+def is_to_contend(version: ModelVersion) -> bool:
+    """Whether the version is new: it has not contended, and nobody has moved `best` by hand since it was created."""
+    return _CONTENDS_TAG in version.tags
+
+
 def contend(client: MlflowClient, name: str, version: ModelVersion) -> None:
     """Give `best` to the version if it is more accurate than the holder; see the module's docstring."""
     contender = version
     while True:
-        settled = {turn for turn in _turns(client, name) if turn.startswith(_TAKEN)}
+        settled = set(_turns(client, name))
         holder = holder_of_best(client, name)
         if holder is not None and accuracy_of(holder) >= accuracy_of(contender):
+            _settle(client, version)
             return
         if contender is version:
             _follow(client, contender, holder)
@@ -76,6 +92,7 @@ def promote(tracking_uri: str, reference: str, reason: str) -> Moved:
         holder = holder_of_best(client, version.name)
         if holder is not None and number_of(holder) == number_of(version):
             raise TrackingError(f"version {version.version} of {version.name} is the best already: nothing to do")
+        _settle(client, *versions_of(client, version.name))
         client.set_model_version_tag(version.name, version.version, REASON_TAG, reason)
         _follow(client, version, holder)
         return _moved(version, holder, reason)
@@ -100,6 +117,7 @@ def roll_back(tracking_uri: str, name: str, reason: str) -> Moved:
                 f"`tavlad promote {name}/VERSION`"
             )
         version = versions[number]
+        _settle(client, *versions.values())
         client.set_model_version_tag(name, number, REASON_TAG, reason)
         _take(client, version)  # whom it followed itself stays, so that the next rollback goes further back
         return _moved(version, holder, reason)
@@ -113,15 +131,23 @@ def _follow(client: MlflowClient, version: ModelVersion, holder: ModelVersion | 
 
 
 def _take(client: MlflowClient, version: ModelVersion) -> None:
-    turn = uuid.uuid4().hex
-    client.set_model_version_tag(version.name, version.version, _TURN_TAG, _TAKING + turn)
     client.set_registered_model_alias(version.name, BEST, version.version)
-    client.set_model_version_tag(version.name, version.version, _TURN_TAG, _TAKEN + turn)
+    client.set_model_version_tag(version.name, version.version, _TURN_TAG, _TAKEN + uuid.uuid4().hex)
 
 
 def _turns(client: MlflowClient, name: str) -> dict[str, ModelVersion]:
-    """The versions that took `best` or are about to, by the value each said it with."""
-    return {each.tags[_TURN_TAG]: each for each in versions_of(client, name) if _TURN_TAG in each.tags}
+    """The versions that took `best`, by the value each said it with.
+
+    Earlier code also told that it was about to, and left that behind where it died: such a value is void.
+    """
+    turns = {each.tags.get(_TURN_TAG, ""): each for each in versions_of(client, name)}
+    return {turn: each for turn, each in turns.items() if turn.startswith(_TAKEN)}
+
+
+def _settle(client: MlflowClient, *versions: ModelVersion) -> None:
+    """These versions contend no more."""
+    for version in filter(is_to_contend, versions):
+        client.delete_model_version_tag(version.name, version.version, _CONTENDS_TAG)
 
 
 def _checked(reason: str) -> str:

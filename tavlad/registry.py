@@ -18,7 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from tavlad.errors import UserError
-from tavlad.promotion import contend
+from tavlad.promotion import CONTENDER, contend, is_to_contend
 from tavlad.registry_queries import (
     ACCURACY_TAG,
     DIGEST_TAG,
@@ -83,7 +83,8 @@ def register(
     """Register the checkpoint directory of a run as a version of `name`, and move `best` to it if it is more accurate.
 
     `accuracy` is test/top1 of the last epoch, from 0 to 1. The version becomes visible after all its files are stored;
-    registering the same run and weights again finds it. TrackingError if the server does not answer or refuses.
+    registering the same run and weights again finds it, and leaves `best` alone. TrackingError if the server does not
+    answer or refuses.
     """
     if not 0 <= accuracy <= 1:
         raise UserError(f"accuracy is {accuracy}: it must be a share from 0 to 1")
@@ -94,10 +95,11 @@ def register(
         if version is None:
             model_id = _upload(client, model_directory, run_id, code)
             own_tags = {"run": run_id, ACCURACY_TAG: repr(accuracy)}
-            own_tags |= {DIGEST_TAG: digest, CODE_TAG: _digest_of_code(code)}
+            own_tags |= {DIGEST_TAG: digest, CODE_TAG: _digest_of_code(code)} | CONTENDER
             version = _create_version(client, name, model_id, run_id, without_credentials(tags) | own_tags)
         previous = holder_of_best(client, name)
-        contend(client, name, version)
+        if is_to_contend(version):
+            contend(client, name, version)
         holder = holder_of_best(client, name)
         return Registered(
             name=name,

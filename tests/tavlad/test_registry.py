@@ -1,5 +1,6 @@
 import multiprocessing
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,66 @@ def test_a_better_version_that_is_overwritten_in_between_is_put_back(
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", let_the_quick_one_pass)
     promotion.contend(shop.client, shop.name, slow)
     assert shop.best() == int(quick.version)
+
+
+def test_registering_a_done_training_again_leaves_a_rollback_alone(shop: Shop) -> None:
+    shop.register("a", 0.25)
+    shop.register("b", 0.75)
+    roll_back(shop.server.uri, shop.name, "b fails on night videos")
+    again = shop.register("b", 0.75)
+    assert (again.version, again.is_best, again.previous_best, shop.best()) == (2, False, 1, 1)
+    shop.client.set_registered_model_alias(shop.name, "best", "2")  # and one made by other means
+    assert not shop.register("a", 0.25).is_best
+    assert shop.best() == 2
+
+
+class Died(BaseException):
+    """A process that ends here."""
+
+
+def register_and_die(shop: Shop, training: str, accuracy: float, before: str, is_last: Callable[..., bool]) -> None:
+    """Register, and end at the first call of the client's `before` whose arguments are `is_last`."""
+    method = getattr(MlflowClient, before)
+
+    def die(client: MlflowClient, *arguments: str) -> None:
+        if is_last(*arguments):
+            raise Died
+        method(client, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, before, die)
+        with pytest.raises(Died):
+            shop.register(training, accuracy)
+
+
+def test_a_version_whose_process_died_as_it_took_best_does_not_take_it_later(shop: Shop) -> None:
+    shop.register("a", 0.25)
+    register_and_die(shop, "b", 0.75, "set_model_version_tag", lambda *told: told[-1].startswith("taken"))
+    assert shop.best() == 2
+    roll_back(shop.server.uri, shop.name, "b fails on night videos")
+    assert shop.register("c", 0.5).is_best
+    assert not shop.register("b", 0.75).is_best
+    assert shop.best() == 3
+
+
+def test_what_earlier_code_left_where_it_died_is_void(shop: Shop) -> None:
+    for training, accuracy in (("a", 0.25), ("b", 0.75)):
+        shop.register(training, accuracy)
+    roll_back(shop.server.uri, shop.name, "b fails on night videos")
+    shop.client.set_model_version_tag(shop.name, "2", "tavlad.best", "taking 0123456789abcdef")
+    assert shop.register("c", 0.5).is_best
+    assert shop.best() == 3
+
+
+def test_a_registration_that_died_before_it_contended_does_so_when_repeated(shop: Shop) -> None:
+    shop.register("a", 0.25)
+    register_and_die(shop, "b", 0.75, "set_registered_model_alias", lambda *_: True)
+    assert shop.best() == 1
+    assert shop.register("b", 0.75).is_best
+    register_and_die(shop, "c", 0.875, "set_registered_model_alias", lambda *_: True)
+    promote(shop.server.uri, f"{shop.name}/1", "b fails on night videos, and so will c")
+    assert not shop.register("c", 0.875).is_best
+    assert shop.best() == 1
 
 
 def test_an_upload_that_breaks_off_leaves_no_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
