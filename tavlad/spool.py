@@ -3,6 +3,9 @@
 A spool is a folder: `lines.jsonl` (one record a line, appended, never rewritten: also the local log of a run),
 `delivered.json` (how far the lines were delivered), `files/` (copies of artifacts not yet delivered), `rejected.jsonl`
 (records the server refused, with its reason) and `lock` (one process at a time).
+
+Power may fail at any moment: what the mark says was delivered is on the disk before the mark is, and so is what a line
+refers to before the line.
 """
 
 import fcntl
@@ -13,7 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         """Open or create the spool at `folder` and hold it alone; SpoolError when another process keeps holding it."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         self._lock_file = (folder / "lock").open("w")
         try:
             self._hold()
@@ -112,6 +115,8 @@ class Spool:
         self._path = folder / "lines.jsonl"
         self._drop_torn_line()
         self._lines = self._path.open("ab")
+        _sync(folder)
+        self._synced_to = 0  # what an earlier process wrote may wait for the disk still
         self._writing = threading.Lock()
         self.mark = self._read_mark()
 
@@ -134,9 +139,10 @@ class Spool:
         with self._writing:
             self._lines.write(line)
             self._lines.flush()
+            end = self._lines.tell()
             if durable:
-                os.fsync(self._lines.fileno())
-            return self._lines.tell()
+                self._sync_lines(end)
+            return end
 
     def undelivered(self, max_lines: int) -> list[Line]:
         """The first lines after the mark, at most `max_lines`."""
@@ -149,6 +155,9 @@ class Spool:
 
     def set_mark(self, mark: Mark) -> None:
         """Remember how far the lines were delivered: whole, then visible."""
+        with self._writing:
+            if mark.offset > self._synced_to:
+                self._sync_lines(self._lines.tell())
         new = self.folder / "delivered.json.new"
         with new.open("w") as file:
             json.dump(asdict(mark), file)
@@ -162,7 +171,19 @@ class Spool:
         if not path.exists():
             return Mark()
         fields = json.loads(path.read_text())
-        return Mark(offset=fields["offset"], run_id=fields["run_id"], postponed=tuple(fields["postponed"]))
+        mark = Mark(offset=fields["offset"], run_id=fields["run_id"], postponed=tuple(fields["postponed"]))
+        # Earlier code synced the mark before its lines: some of those may be lost, and others in their place. What
+        # was told and is told again comes to the same.
+        return mark if self._is_end_of_line(mark.offset) else replace(mark, offset=0, run_id=None)
+
+    def _is_end_of_line(self, offset: int) -> bool:
+        with self._path.open("rb") as file:
+            file.seek(max(0, offset - 1))
+            return offset == 0 or file.read(1) == b"\n"
+
+    def _sync_lines(self, end: int) -> None:
+        os.fsync(self._lines.fileno())
+        self._synced_to = end
 
     def count_undelivered(self) -> int:
         """Number of records not yet delivered."""
@@ -175,9 +196,11 @@ class Spool:
         if not source.exists():
             raise FileNotFoundError(f"artifact {source} does not exist")
         place = self.folder / "files" / f"{time.time_ns()}"
-        place.mkdir(parents=True)
+        _make_folder(place)
         copy = place / source.name
         shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
+        for path in (*copy.rglob("*"), copy, place):
+            _sync(path)
         return f"{place.name}/{source.name}"
 
     def kept(self, copy: str) -> Path:
@@ -192,6 +215,9 @@ class Spool:
         """Put a record aside that the server refused for good."""
         with (self.folder / "rejected.jsonl").open("a") as file:
             file.write(json.dumps({"reason": reason, "record": record}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(self.folder)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -218,3 +244,20 @@ class Spool:
         with self._path.open("r+b") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def _make_folder(folder: Path) -> None:
+    """Create a folder, and those above it, so that power loss does not take them away."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
