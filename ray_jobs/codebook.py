@@ -153,5 +153,6 @@ def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str, *, o
         "crop": recipe.training.crop,
         "precision": recipe.training.precision,
         "seed": recipe.training.seed,
+        **recipe.model.trunk_facts,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

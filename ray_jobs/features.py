@@ -127,6 +127,7 @@ def feature_set(
         "size": size,
         "height": height,
         "width": width,
+        **recipe.model.trunk_facts,
     }
     if kind == "early":  # whole trunks always store their activation
         has_activation = seen.activation_BTHW is not None

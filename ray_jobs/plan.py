@@ -57,9 +57,11 @@ def read_uri(site: Site, uri: str) -> bytes:
 
 
 def digest_of_weights(site: Site, recipe: Recipe) -> str:
-    """What a file of trunk weights holds: a file that changed under its name makes another training."""
+    """What a file of trunk weights holds: a file that changed under its name makes another training, and so does a
+    trunk whose maps have changed."""
     source = recipe.model.weights
-    return source if source in ("imagenet", "none") else hashlib.sha256(read_uri(site, source)).hexdigest()
+    digest = source if source in ("imagenet", "none") else hashlib.sha256(read_uri(site, source)).hexdigest()
+    return digest + "".join(f" {name} {value}" for name, value in recipe.model.trunk_facts.items())
 
 
 def locate_set(site: Site, dataset: str) -> str:

@@ -75,8 +75,8 @@ def build_trunk(name: str) -> TrunkNetwork:
 
     ValueError for an unknown name, and for a "timm:" network without class activation maps.
     """
-    if name.startswith(PREFIX):
-        return TimmTrunk(name).eval()
-    if name not in _BUILDERS:
+    if name not in _BUILDERS and not name.startswith(PREFIX):
         raise UserError(f'trunk = "{name}" is not known; choose one of {", ".join(_BUILDERS)}, timm:NAME')
-    return _BUILDERS[name]().eval()
+    trunk = TimmTrunk(name) if name.startswith(PREFIX) else _BUILDERS[name]()
+    trunk.name = name
+    return trunk.eval()

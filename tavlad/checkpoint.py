@@ -11,12 +11,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tavlad.config import ModelConfig, parse
 from tavlad.errors import UserError
 from tavlad.model import TaVlad
 
-FORMAT = 1
+FORMAT = 2
+_LOST_ACTIVATIONS = 1
+"""The format of models whose frozen trunk ran without the activations that timm's norms hold."""
 WEIGHTS = "weights.safetensors"
 CARD = "config.json"
 STATE = "state.pt"
@@ -95,7 +98,7 @@ def load_card(directory: Path) -> ModelCard:
         raise UserError(f"{directory} holds no model: it has no {CARD}") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): fetch the model again") from None
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (_LOST_ACTIVATIONS, FORMAT):
         raise UserError(
             f"{path} has format {values.get('format')}, this version reads format {FORMAT}: "
             "update tavlad or fetch the model again"
@@ -107,6 +110,12 @@ def load_model(directory: Path) -> tuple[TaVlad, ModelCard]:
     """Build the model of a checkpoint directory with its weights, in evaluation mode on the CPU."""
     card = load_card(directory)
     model = TaVlad(card.model, len(card.actions))
+    norms = (module for module in model.trunk.modules() if isinstance(module, nn.BatchNorm2d))
+    if card.format == _LOST_ACTIVATIONS and any(list(norm.children()) for norm in norms):
+        raise UserError(
+            f'{directory}: trunk = "{card.model.trunk}" ran without its activations while this model was trained, by a '
+            "version of tavlad that lost them, and would name other actions with them: train it again"
+        )
     load_weights_into(model, directory)
     return model.eval(), card
 

@@ -142,6 +142,12 @@ class ModelConfig:
         return frozenset(fields)
 
     @property
+    def trunk_facts(self) -> dict[str, str | int]:
+        """What names of features, codebooks and trainings say beside the trunk and its weights, so that what timm's
+        trunks gave while their frozen form lost activations is not taken for what they give."""
+        return {"trunk_form": 2} if self.trunk.startswith("timm:") else {}
+
+    @property
     def can_pool(self) -> bool:
         """Whether a clip's frames become one without anything that learns or is drawn: see `TaVlad.pool`."""
         return self.temporal == "change" or (self.temporal == "sum" and self.dropout_place != "frame")

@@ -41,6 +41,8 @@ def image_scores(places_xND: Float[Tensor, "*batch N D"], classifier: nn.Linear)
 class TrunkNetwork(nn.Module, ABC):
     """A network with global average pooling and one linear layer, opened up before the pooling."""
 
+    name: str = ""
+    """What `model.trunk` calls it; `build_trunk` says so."""
     feature_size: int
     """D, the channels of the maps."""
     joins_frames: bool = False

@@ -76,6 +76,13 @@ def test_view_policy_data_set_and_trunk_are_among_what_is_compared(packed: Packe
         require_same({**facts, fact: "other"}, facts, "somewhere")
 
 
+def test_features_of_timms_trunks_are_not_those_that_lost_activations(packed: PackedSet) -> None:
+    pytest.importorskip("timm")
+    facts = dict(_set_of(packed, model={"trunk": "timm:resnet18"}).facts)
+    assert facts.pop("trunk_form") == 2
+    assert facts == _set_of(packed).facts, "and other trunks' keep their names"
+
+
 def test_what_the_head_makes_of_the_maps_is_not(packed: PackedSet) -> None:
     changes: dict[str, Any] = {"model": {"num_clusters": 8, "gru_width": 3, "attention": "none", "alpha": 7.0}}
     assert _set_of(packed).facts == _set_of(packed, **changes).facts

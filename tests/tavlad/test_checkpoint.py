@@ -1,6 +1,7 @@
 """Models on disk: what is loaded is what was saved, and what does not fit is named."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -60,8 +61,22 @@ def test_card_of_another_format_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "model", build_model(), CARD)
     path = tmp_path / "model" / CARD_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads format 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads format 2"):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason='needs the extra "timm"')
+def test_model_of_format_1_is_read_unless_its_trunk_ran_without_activations(tmp_path: Path) -> None:
+    for trunk in ("resnet18", "timm:resnet18", "timm:test_byobnet"):
+        config = dataclasses.replace(CONFIG, trunk=trunk)
+        save_checkpoint(tmp_path, build_model(config), dataclasses.replace(CARD, model=config))
+        load_model(tmp_path)
+        path = tmp_path / CARD_FILE
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+        if trunk != "timm:test_byobnet":
+            load_model(tmp_path)
+    with pytest.raises(ValueError, match=r'trunk = "timm:test_byobnet" ran without its activations .* train it again'):
+        load_model(tmp_path)
 
 
 def test_folder_without_a_model_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A trunk that does not learn gives the same maps, however it is made fast."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ def _lived_in(name: str) -> TrunkNetwork:
     torch.manual_seed(0)
     trunk = build_trunk(name)
     for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             module.running_mean = 0.1 * torch.randn(module.num_features)
             module.running_var = torch.rand(module.num_features) + 0.5
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -31,6 +33,70 @@ def test_folded_trunk_is_the_same_function(name: str) -> None:
     with torch.no_grad():
         for expected, found in zip(trunk.maps(images), folded.maps(images), strict=True):
             assert (found - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+TIMM_FAMILIES = (
+    "cs3darknet_focus_s",
+    "cspnext_tiny",
+    "densenet121",
+    "ese_vovnet19b_slim_dw",
+    "fastvit_t8",
+    "inception_v3",
+    "mnasnet_small",
+    "mobilevit_xxs",
+    "regnety_002",
+    "resnest14d",
+    "resnet18",
+    "rexnet_100",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "test_byobnet",
+    "xception41p",
+)
+"""One small network each of timm's; many hold activations in their norms, some before and some behind convolutions."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason='needs the extra "timm"')
+@pytest.mark.parametrize("name", TIMM_FAMILIES)
+def test_frozen_timm_network_is_the_same_function(name: str) -> None:
+    trunk = _lived_in(f"timm:{name}")
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = trunk.maps(normalise(trunk, images, torch.float32))
+    for plain, found in zip(expected, FrozenTrunk(trunk).maps(images, 1), strict=True):
+        assert (found - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+class _NormWithSigmoid(nn.BatchNorm2d):
+    """A norm that does more than its parts say."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return super().forward(input).sigmoid()
+
+
+def test_form_that_is_another_function_is_refused_by_the_trunks_name() -> None:
+    trunk = _lived_in("resnet18")
+    trunk.set_submodule("layer3.0.bn1", _NormWithSigmoid(256).eval())
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with pytest.raises(AssertionError, match=r'frozen form of trunk "resnet18" is not the same function: .* differ by'):
+        FrozenTrunk(trunk).maps(images, 1)
+
+
+def test_proof_draws_nothing_and_leaves_the_trunk_as_it_is() -> None:
+    trunk, images = _lived_in("resnet18"), torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    generator, weights = torch.get_rng_state(), {name: each.clone() for name, each in trunk.state_dict().items()}
+    FrozenTrunk(trunk).maps(images, 1)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(each, weights[name]) for name, each in trunk.state_dict().items())
+    assert all(parameter.requires_grad for parameter in trunk.parameters())
+
+
+def test_weights_that_are_no_numbers_are_not_blamed_on_folding() -> None:
+    trunk, images = _lived_in("resnet18"), torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        trunk.conv1.weight[0] = torch.nan
+    assert FrozenTrunk(trunk).maps(images, 1).post_relu_BDHW.isnan().any()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
