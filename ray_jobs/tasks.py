@@ -50,7 +50,9 @@ def run_tasks(task: Any, calls: Iterable[tuple[Any, ...]], label: str, total: in
     try:
         with console.progress(label, total) as advance:
             while True:
-                for number, call in itertools.islice(waiting, _TASKS_PER_CPU * num_cpus() - len(running)):
+                # More than enough are in flight where a node has left; Ray runs again what ran there.
+                room = max(0, _TASKS_PER_CPU * num_cpus() - len(running))
+                for number, call in itertools.islice(waiting, room):
                     running[task.remote(*call, Progress(counter, number))] = number
                 if not running:
                     break
