@@ -1,5 +1,6 @@
 """index.parquet: the one description of a shard set. Its presence is what makes the set exist."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ FORMAT = 1
 INDEX_PATH = "index.parquet"
 REJECTED_PATH = "rejected.parquet"
 NUM_SPLITS = 3
+_NEAREST = 3  # names of sets that are told where one is not known
 
 Part = Literal["train", "test", "unused"]
 Splits = tuple[Part, Part, Part]
@@ -210,7 +212,7 @@ def index_bytes(index: Index) -> bytes:
 def load_index(store: Store) -> Index:
     """The index of the set at `store`. ValueError if there is no finished set, or one of another format."""
     if not store.exists(INDEX_PATH):
-        raise UserError(f"no finished set at {store.uri}: packing was not finished; run tavlad pack again")
+        raise UserError(_why_no_set(store))
     table, described = read_table(store, INDEX_PATH)
     if described.get("format") != FORMAT:
         found = described.get("format", "unknown")
@@ -231,6 +233,17 @@ def load_index(store: Store) -> Index:
         fingerprint=described["fingerprint"],
         clips_table=ClipTable.of(table),
     )
+
+
+def _why_no_set(store: Store) -> str:
+    if store.list():
+        return f"{store.uri} is not finished: packing was cut off: run its tavlad pack command again"
+    *_, name = store.uri.split("/")
+    # Folders without an index: sets that are being packed, and what S3 servers list although it was deleted.
+    sets = [each for each, sibling in store.siblings().items() if sibling.exists(INDEX_PATH)]
+    nearest = difflib.get_close_matches(name, sets, n=_NEAREST, cutoff=0.0)
+    remedy = f"the nearest there: {', '.join(nearest)}" if nearest else "pack one there with tavlad pack"
+    return f"there is no set at {store.uri}: {remedy}"
 
 
 def table_bytes(table: pa.Table, described: Mapping[str, object]) -> bytes:

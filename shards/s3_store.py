@@ -116,6 +116,18 @@ class S3Store(Store):
         # Arrow marks folders by objects whose names end in "/".
         return sorted(key.removeprefix(root) for key in found if not key.endswith("/"))
 
+    def siblings(self) -> dict[str, Store]:
+        parent, slash, _ = self._prefix.rpartition("/")
+        prefixes: list[str] = []
+        with self.errors(""):
+            pages = _client(self.access).get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=parent + slash, Delimiter="/"):
+                prefixes += [entry["Prefix"].rstrip("/") for entry in page.get("CommonPrefixes", [])]
+        return {
+            prefix.removeprefix(parent + slash): S3Store(uri=f"s3://{self._bucket}/{prefix}", access=self.access)
+            for prefix in prefixes
+        }
+
     def delete(self, path: str) -> None:
         with self.errors(path):
             _client(self.access).delete_object(Bucket=self._bucket, Key=self._key(path))

@@ -97,6 +97,10 @@ class Store(ABC):
         """All paths that start with `prefix`, at any depth, sorted, relative to this store."""
 
     @abstractmethod
+    def siblings(self) -> dict[str, "Store"]:
+        """The stores in the same folder by name, this one among them if it holds anything."""
+
+    @abstractmethod
     def delete(self, path: str) -> None:
         """Removes the object; one that is absent is no error."""
 
@@ -195,6 +199,11 @@ class _FolderStore(Store):
             paths = [Path(folder, name) for name in names if not name.startswith(_TEMPORARY)]
             found += [path.relative_to(root).as_posix() for path in paths]
         return sorted(path for path in found if path.startswith(prefix))
+
+    def siblings(self) -> dict[str, Store]:
+        parent = Path(self.uri).parent
+        folders = sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+        return {folder.name: _FolderStore(uri=str(folder)) for folder in folders}
 
     def delete(self, path: str) -> None:
         with self._errors(path):

@@ -135,7 +135,7 @@ def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturb
     [
         (
             ["train", "demo", "--dataset", "absent"],
-            "no finished set at s3://tavlad/datasets/absent: .* run tavlad pack",
+            "there is no set at s3://tavlad/datasets/absent: the nearest there: .*real",
         ),
         (["train", "demo", "--dataset", "real", "--set", "stage1.epoch=3"], "unknown key stage1.epoch: did you mean"),
         (

@@ -72,6 +72,9 @@ class WatchedStore(Store):
     def list(self, prefix: str = "") -> list[str]:
         return self._store.list(prefix)
 
+    def siblings(self) -> dict[str, Store]:
+        return self._store.siblings()
+
     def delete(self, path: str) -> None:
         self._count(path)
         self._store.delete(path)

@@ -10,6 +10,7 @@ import pytest
 
 from shards.index import SCHEMA, index_bytes, load_index, make_index, table_bytes
 from shards.store import open_store
+from tavlad.errors import UserError
 
 
 def test_index_says_what_the_set_is(packed) -> None:
@@ -95,8 +96,20 @@ def test_fingerprint_covers_every_clip_and_every_description(packed) -> None:
 def test_unfinished_set_is_told_with_the_remedy(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("shards/000000.tar", b"")
-    with pytest.raises(ValueError, match=f"no finished set at {tmp_path}: .*; run tavlad pack again"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not finished: .*: run its tavlad pack command again"):
         load_index(store)
+
+
+def test_a_name_that_no_set_has_is_told_with_the_nearest_that_some_have(packed, tmp_path: Path) -> None:
+    place = open_store(str(tmp_path))
+    with pytest.raises(UserError, match=f"there is no set at {tmp_path}/hmdb15: pack one there with tavlad pack$"):
+        load_index(place.child("hmdb15"))
+    for name in ("hmdb51", "hmdb51-flow", "hmdb51-difference", "ucf101"):
+        place.write(f"{name}/index.parquet", index_bytes(packed.index))
+    place.write("hmdb15-begun/parts/000000.parquet", b"")
+    nearest = "hmdb51, hmdb51-flow, hmdb51-difference"
+    with pytest.raises(UserError, match=f"there is no set at {tmp_path}/hmdb15: the nearest there: {nearest}$"):
+        load_index(place.child("hmdb15"))
 
 
 def test_index_of_another_format_or_none_is_told(packed, tmp_path: Path) -> None:

@@ -47,6 +47,17 @@ def test_what_is_written_is_read_back(store: Store) -> None:
     assert store.exists("a/b c/ü.bin")
 
 
+def test_the_folders_beside_a_store_are_its_siblings(place: tuple[str, S3Access | None]) -> None:
+    root = open_store(*place)
+    assert root.child("one").siblings() == {}
+    for path in ("one/deep/a", "two/a", "three/a", "file"):
+        root.write(path, b"")
+    siblings = root.child("absent").siblings()
+    assert sorted(siblings) == sorted(root.child("one").siblings()) == ["one", "three", "two"]
+    assert siblings["one"].list() == ["deep/a"]
+    assert list(root.child("one/deep").siblings()) == ["deep"]
+
+
 def test_a_second_write_replaces_the_first(store: Store) -> None:
     store.write("a", b"first")
     store.write("a", b"2nd")

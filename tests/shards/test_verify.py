@@ -44,7 +44,7 @@ def test_missing_shard_is_told_once(copy_of_packed: Store) -> None:
 
 
 def test_set_that_does_not_exist_cannot_be_verified(tmp_path) -> None:
-    with pytest.raises(ValueError, match="no finished set"):
+    with pytest.raises(ValueError, match="there is no set"):
         verify(open_store(str(tmp_path)))
 
 
