@@ -12,6 +12,7 @@ from ray_jobs import cli_jobs, cli_models
 from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
 from ray_jobs.cli_settings import hand_over as _hand_over
+from ray_jobs.cli_settings import require_local as _require_local
 from ray_jobs.cli_settings import site as _site
 from tavlad.errors import UserError
 
@@ -64,6 +65,7 @@ def up() -> None:
 
     Example: `tavlad up`
     """
+    _require_local()
     site, console = _site(), _console()
     console.say(f"MLflow: {site.mlflow_uri}")
     console.say(f"S3:     {site.s3.endpoint_url}, bucket {site.bucket}")
@@ -77,6 +79,7 @@ def down() -> None:
 
     Example: `tavlad down`
     """
+    _require_local()
     from infra.local import down as stop
 
     stop()
@@ -89,6 +92,7 @@ def status() -> None:
 
     Example: `tavlad --json status`
     """
+    _require_local()
     from infra.local import status as look
 
     console, services = _console(), look()

@@ -8,6 +8,7 @@ import typer
 
 from infra.site import Site, activate, is_in_job, load_site
 from ray_jobs.console import Console
+from tavlad.errors import UserError
 
 BAD_VIDEO = 3
 """Exit code when some videos could not be used."""
@@ -45,6 +46,19 @@ def site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
         chosen = start(progress=console().say, services=services)
     activate(chosen)
     return chosen
+
+
+def require_local() -> None:
+    """UserError where the chosen site is another than the embedded one, whose services alone are ours to start and end.
+
+    Ignoring it would end the local services of one who meant a cluster's.
+    """
+    if Settings.site_name != "local":
+        verb = "" if Settings.context is None else Settings.context.invoked_subcommand
+        raise UserError(
+            f"`tavlad {verb}` is for this machine's own services, and the site is {Settings.site_name}, whose services "
+            f"run elsewhere: `tavlad --site local {verb}` means those of this machine"
+        )
 
 
 def hand_over() -> None:

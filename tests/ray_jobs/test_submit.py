@@ -130,6 +130,14 @@ def test_place_that_the_cluster_sees_or_a_name_is_let_through(
     assert not make_parcel(verb, [], values, "bucket").inputs
 
 
+@pytest.mark.parametrize("verb", ["up", "down", "status"])
+def test_verbs_of_the_local_services_refuse_another_site(tmp_path: Path, verb: str) -> None:
+    said = tavlad("--site", str(tmp_path / "lab.toml"), verb, TAVLAD_HOME=str(tmp_path / "home"))
+    told = f"error: `tavlad {verb}` is for this machine's own services, and the site is {tmp_path}/lab.toml"
+    assert (said.code, told in said.err) == (2, True), said.err
+    assert tavlad(verb, TAVLAD_HOME=str(tmp_path / "home"), TAVLAD_SITE="lab").code == 2
+
+
 def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Path) -> None:
     recipe, space = tmp_path / "a.toml", tmp_path / "space.toml"
     recipe.write_text(RECIPE)
