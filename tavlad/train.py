@@ -100,8 +100,8 @@ def fit(
     The loss of a step is the cross entropy (with label smoothing if asked for) averaged over the clips of the global
     batch, whatever the number of ranks and however unevenly they share it; the model's draws are a matter of the clip's
     place in that batch. So the number of ranks changes nothing but the order in which float32 values are added up, and
-    with `world.virtual_ranks` not even that. Raises `Diverged` when the loss, or an output for a clip tested on, is no
-    longer a number.
+    with `world.virtual_ranks` not even that. Raises `Diverged`, on every rank at the same step, when the loss, or an
+    output for a clip tested on, is no longer a number.
     """
     stage, number = plan.stage, plan.number
     keep_freed_memory(world.device)
@@ -179,7 +179,8 @@ class _Epochs:
         return sums.over(world) | rates
 
     def _step(self, batch: Batch, epoch: int, step: int, sums: "_Sums") -> float:
-        """One optimiser step; returns this rank's part of the loss, summed over its clips."""
+        """One optimiser step; returns the loss, summed over the global batch's clips: every rank has to know when it is
+        no longer a number, or those that do not would wait for the others in the next step."""
         world, seed = self.world, self.plan.training.seed
         # Ranks' gradients are averaged by DDP: times the world's size, over the global batch, they are the global mean.
         weight = (1 if self.tree_sum else world.size) / batch.num_clips_in_global_batch
@@ -198,7 +199,7 @@ class _Epochs:
         if self.tree_sum is not None:
             self.tree_sum.finish()
         self.optimizer.step()
-        return sums.loss - before
+        return world.sum(torch.tensor(sums.loss - before, dtype=torch.float64)).item()
 
     def _state(self, epoch: int, next_step: int, sums: "_Sums") -> TrainState:
         return TrainState(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tavlad.checkpoint import TrainState, load_state, load_weights_into, save_checkpoint
-from tavlad.clip import ClipBatch
+from tavlad.clip import ClipBatch, FeatureBatch, Features
 from tavlad.config import StageConfig
 from tavlad.evaluate import evaluate
 from tavlad.model import TaVlad
@@ -389,6 +390,55 @@ def test_virtual_ranks_give_the_same_bits_whatever_the_number_of_real_ones(
     plain = _train_in(World())
     for name, tensor in plain["weights"].items():
         torch.testing.assert_close(alone["weights"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class _SpoiltFeatures:
+    """2 steps of 4 clips' features; in the first, the last rank's are not numbers."""
+
+    num_steps = 2
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[FeatureBatch]:
+        for step in range(start_step, self.num_steps):
+            maps_BTDHW = torch.rand(4, 3, 512, 1, 1, generator=torch.Generator().manual_seed(step))
+            if step == 0:
+                maps_BTDHW[-1] = torch.nan
+            batch = FeatureBatch(
+                features=Features(maps_BTDHW, maps_BTDHW[:, :, 0]),
+                labels_B=torch.arange(4),
+                keys=("a", "b", "c", "d"),
+                num_clips_in_global_batch=4,
+            )
+            yield batch.part(4 * self._world.rank // self._world.size, 4 * (self._world.rank + 1) // self._world.size)
+
+
+def _diverging_rank(rank: int, size: int, ports: list[int], folder: str) -> None:
+    """Leaves what `fit` raised, and stays until the others have, as a process with more to do stays: for a minute."""
+    torch.set_num_threads(1)
+    for virtual, port in zip((0, _VIRTUAL), ports, strict=True):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+        world = World.current(virtual_ranks=virtual)
+        plan = StagePlan(number=1, stage=STAGE1, training=TRAINING)
+        try:
+            fit(build_model(), plan, _SpoiltFeatures(world), None, Listeners(on_epoch=lambda _: None), world=world)
+        except Diverged as error:
+            (Path(folder) / f"{virtual}-{rank}").write_text(str(error))
+        deadline = monotonic() + 60
+        while len(list(Path(folder).glob(f"{virtual}-*"))) < size:
+            assert monotonic() < deadline, "the other ranks hang"
+            sleep(0.05)
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_loss_that_is_no_number_on_one_rank_ends_all_with_the_same_words(tmp_path: Path) -> None:
+    _spawn(_diverging_rank, 2, [free_port(), free_port()], str(tmp_path))
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(texts) == 4
+    assert set(texts.values()) == {"the loss became nan in stage 1, epoch 1, step 1: lower stage1.lr (now 0.01)"}
 
 
 def test_more_ranks_than_virtual_ones_are_refused() -> None:
