@@ -1,6 +1,10 @@
 """The one way a verb reaches Ray."""
 
 import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -8,6 +12,8 @@ from ray import PlacementGroupID
 from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_actors, list_tasks
+from ray.util.state.exception import RayStateApiException
 
 from infra.site import Site, job_variables
 from tavlad.errors import UserError
@@ -18,10 +24,25 @@ NODE_OUT_OF_MEMORY = (
 )
 # In the messages of a torch that is refused memory; verbs that need no torch import this module too.
 _REFUSED_BY_GPU, _REFUSED_BY_MACHINE = "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"
+_SECONDS_BETWEEN_LOOKS = 10.0
+_SECONDS_BETWEEN_LINES = 30.0
+_MOST_ENTRIES = 10_000  # as many as Ray tells of
+_UNITS = {"memory": (1e9, "GB of memory")}
+_FIELDS = {
+    "CPU": "resources.cpus_per_worker or resources.workers",
+    "GPU": "resources.gpus_per_worker or resources.workers",
+    "memory": "resources.memory_per_worker or resources.workers",
+}
+
+Resources = Mapping[str, float]
+"""Amounts by Ray's names: "CPU", "GPU", "memory" (bytes)."""
 
 
-def connect(site: Site) -> None:
-    """Connect this process to the site's cluster, once; workers find the site by its name."""
+def connect(site: Site, say: Callable[[str], None] | None = None) -> None:
+    """Connect this process to the site's cluster, once; workers find the site by its name.
+
+    From then on `say` is told every half minute what this process waits for while the cluster has no room for it.
+    """
     if ray.is_initialized():
         return
     # Ray refuses a variable that the submitted job's own runtime environment has set already.
@@ -39,6 +60,93 @@ def connect(site: Site) -> None:
         raise UserError(
             f"no Ray cluster answers at {site.ray_address} (site {site.name}): start it, or correct ray_address"
         ) from error
+    if say is not None:
+        threading.Thread(target=_tell_of_waiting, args=(say,), name="waiting", daemon=True).start()
+
+
+def require_room(site: Site, asked: Resources, fields: Mapping[str, str] = _FIELDS) -> None:
+    """UserError for what the embedded site, which is one machine, can never give; any other may get more nodes.
+
+    `fields` says what is to be lowered.
+    """
+    if site.state is None:
+        return
+    have = ray.cluster_resources()
+    for name, amount in asked.items():
+        if amount > have.get(name, 0) + 1e-6:
+            raise UserError(
+                f"{_amount(name, amount)} asked for, and this machine, all that site {site.name} has, has "
+                f"{_amount(name, have.get(name, 0))}: lower {fields[name]}, or choose a --site that has more"
+            )
+
+
+def _tell_of_waiting(say: Callable[[str], None]) -> None:
+    began = told = 0.0
+    is_waiting = False
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if not ray.is_initialized():
+            return
+        try:
+            asked, have, free = _waited_for(), ray.cluster_resources(), ray.available_resources()
+        except (RayStateApiException, ConnectionError):  # Ray's dashboard is busy
+            continue
+        now = time.monotonic()
+        if asked and not is_waiting:
+            began = told = now
+        is_waiting = bool(asked)
+        if asked and now - told >= _SECONDS_BETWEEN_LINES:
+            told = now
+            amounts = [
+                f"{_amount(name, amount)} asked for, {_number(name, free.get(name, 0))} of "
+                f"{_number(name, have.get(name, 0))} free"
+                for name, amount in asked.items()
+            ]
+            say(f"  waiting for room on the cluster, {now - began:.0f} s by now: {'; '.join(amounts)}")
+
+
+def _waited_for() -> dict[str, float]:
+    """What this driver's job asks for and has not got, if nothing of it computes; empty where it waits for nothing."""
+    of_this_job = ("job_id", "=", ray.get_runtime_context().get_job_id())
+
+    def tasks(state: str) -> list[dict[str, float]]:
+        found: list[Any] = list_tasks(
+            filters=[of_this_job, ("state", "=", state)],
+            detail=True,
+            limit=_MOST_ENTRIES,
+            raise_on_missing_output=False,
+        )
+        return [each.required_resources or {} for each in found]
+
+    actors: list[Any] = list_actors(
+        filters=[of_this_job, ("state", "=", "ALIVE")], detail=True, limit=_MOST_ENTRIES, raise_on_missing_output=False
+    )
+    groups = list(placement_groups().values())
+    holding = [*tasks("RUNNING"), *(each.required_resources or {} for each in actors)]
+    holding += [_sum_of(group) for group in groups if group["state"] == "CREATED"]
+    if any(_computes(each) for each in holding):
+        return {}
+    waiting = [_sum_of(group) for group in groups if group["state"] != "CREATED"] + tasks("PENDING_NODE_ASSIGNMENT")
+    return next((each for each in waiting if _computes(each)), {})
+
+
+def _sum_of(group: dict[str, Any]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for bundle in group["bundles"].values():
+        total.update(bundle)
+    return dict(total)
+
+
+def _computes(resources: Resources) -> bool:
+    return resources.get("CPU", 0) > 0 or resources.get("GPU", 0) > 0
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{_number(name, amount)} {_UNITS[name][1] if name in _UNITS else name}"
+
+
+def _number(name: str, amount: float) -> str:
+    return f"{amount / _UNITS[name][0] if name in _UNITS else amount:g}"
 
 
 def on_this_node() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, require_room, result_of
 from ray_jobs.console import Console
 from ray_jobs.plan import node_cache, open_set, read_uri
 from ray_jobs.recipe import Recipe
@@ -41,12 +41,14 @@ class Codebook:
 
 def make_codebook(site: Site, recipe: Recipe, split: int, console: Console) -> Codebook:
     """The codebook of the recipe's set and split; made by a Ray task if there is none yet."""
-    connect(site)
+    connect(site, console.say)
+    asked = {"CPU": 1.0, "GPU": min(1.0, recipe.resources.gpus_per_worker)}
+    require_room(site, asked)
     if not recipe.model.has_vlad:
         console.heading(f"Trunk weights of {recipe.dataset} (no VLAD, so no codebook)")
     else:
         console.heading(f"Codebook: {recipe.model.num_clusters} clusters of {recipe.dataset}, split {split}")
-    task = _make_codebook.options(num_cpus=1, num_gpus=min(1.0, recipe.resources.gpus_per_worker))
+    task = _make_codebook.options(num_cpus=asked["CPU"], num_gpus=asked["GPU"])
     codebook: Codebook = result_of(task.remote(site.name, recipe, split))
     if codebook.uri:
         console.say(f"  {'found' if codebook.was_there else 'made'}: {codebook.uri}")

@@ -77,7 +77,7 @@ def run_demo(site: Site, folder: Path | None, name: str | None, workers: int, co
     with clock.step("packing"):
         options = PackOptions(num_frames=NUM_FRAMES, short_side=SHORT_SIDE)
         packed = pack(site, data.videos, locate_set(site, data.name), options, console)
-    connect(site)
+    connect(site, console.say)
     resources = [f"resources.workers={workers}", f"resources.cpus_per_worker={num_cpus() / workers}"]
     schedule = _schedule(len(packed.index.clips(_SPLIT, "train")))
     runs: list[RegisteredRun] = []

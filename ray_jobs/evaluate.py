@@ -36,7 +36,7 @@ def evaluate_model(
     site: Site, model: str, dataset: str, split: int, part: Literal["train", "test"], console: Console
 ) -> Evaluation:
     """The scores of a model (a registered one such as "NAME@best", or a directory) by a Ray task."""
-    connect(site)
+    connect(site, console.say)
     console.heading(f"Evaluating {model} on the {part} part of {dataset}, split {split}")
     num_gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = _evaluate.options(num_gpus=num_gpus)

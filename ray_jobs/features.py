@@ -14,7 +14,7 @@ import ray
 import torch
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of, room_for
+from ray_jobs.cluster import connect, require_room, result_of, room_for
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.feature_batches import entries_of
@@ -60,7 +60,8 @@ def fill_features(
     """Fill the feature set of the recipe's data set, trunk and stage with what `split` needs; what is there is kept."""
     num_views = num_views or recipe.training.num_views
     _, index = open_set(site, recipe.dataset, recipe)
-    connect(site)
+    connect(site, console.say)
+    require_room(site, _asked(recipe))
     model, provenance = build_untrained(site, recipe, len(index.actions))
     features = feature_set(site, recipe, index, model, provenance, stage.feature_kind)
     del model
@@ -214,7 +215,7 @@ def _fill(
     if not missing:
         return
     total = sum(len(shard.rows) for shard in missing)
-    start = _Filler.options(num_cpus=recipe.resources.cpus_per_worker, num_gpus=recipe.resources.gpus_per_worker)
+    start = _Filler.options(num_cpus=_asked(recipe)["CPU"], num_gpus=_asked(recipe)["GPU"])
     actors: list[Any] = [
         start.remote(site.name, recipe, features) for _ in range(min(len(missing), _num_actors(recipe)))
     ]
@@ -241,6 +242,11 @@ def _fill(
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _asked(recipe: Recipe) -> dict[str, float]:
+    """By one actor."""
+    return {"CPU": recipe.resources.cpus_per_worker, "GPU": recipe.resources.gpus_per_worker}
 
 
 def _num_actors(recipe: Recipe) -> int:

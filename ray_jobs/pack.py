@@ -72,7 +72,7 @@ def _pack(site: Site, plan: PackPlan, store: Store, console: Console) -> Packed:
         console.say(f"  packed already: {uri}")
         index = finish(plan, [], store)  # an earlier job may have been killed while it tidied up
         return Packed(uri=uri, index=index, rejected=_read_rejected(store))
-    connect(site)
+    connect(site, console.say)
     console.heading(f"Packing {plan.num_clips} videos into {len(plan.shards)} shards at {uri}")
     kept = kept_shards(plan, store)
     if kept:

@@ -78,6 +78,12 @@ class ResourceConfig:
         """`loader_threads`, or a few, for what reads too little to measure."""
         return self.loader_threads or 2
 
+    def asked(self, num_workers: int = 1) -> dict[str, float]:
+        """What so many workers ask Ray for, by Ray's names."""
+        gpus, memory = self.gpus_per_worker, self.memory_per_worker * 1e9
+        each = {"CPU": self.cpus_per_worker} | ({"GPU": gpus} if gpus else {}) | ({"memory": memory} if memory else {})
+        return {name: amount * num_workers for name, amount in each.items()}
+
     @property
     def fewest_workers(self) -> int:
         """Below this a training waits; 0 if `workers` is no number and no range."""

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from infra.site import Site, load_site
 from ray_jobs.clips import clip_of
-from ray_jobs.cluster import connect
+from ray_jobs.cluster import connect, require_room
 from ray_jobs.console import Console
 from ray_jobs.http_app import Backend, Limits, Ranked, digest_of_token, make_app
 from ray_jobs.models import fetch_model
@@ -56,7 +56,8 @@ class ServeOptions:
 
 def serve_model(site: Site, model: str, options: ServeOptions, console: Console) -> None:
     """Serve until this process is interrupted or terminated. ValueError when the cluster serves something already."""
-    connect(site)
+    connect(site, console.say)
+    require_room(site, {"CPU": options.replicas}, {"CPU": "--replicas"})
     if serve.status().proxies:
         raise UserError("this cluster serves something already, on the one address it has: end that first")
     limits = Limits(

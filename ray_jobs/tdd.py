@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of
+from ray_jobs.cluster import connect, require_room, result_of
 from ray_jobs.console import Console
 from ray_jobs.plan import TrainingPlan, node_cache, open_set, plan_run, read_uri
 from ray_jobs.recipe import Recipe
@@ -54,12 +54,13 @@ class TddRun:
 def run_tdd(site: Site, recipe: Recipe, split: int, console: Console) -> TddRun:
     """Compute what is missing and classify the test clips. ValueError for a set or a recipe that does not fit."""
     plan, index = plan_run(site, recipe, split)
-    connect(site)
+    connect(site, console.say)
+    gpus = min(1.0, recipe.resources.gpus_per_worker)
+    require_room(site, {"CPU": 1.0, "GPU": gpus})
     console.heading(f"TDD {plan.name}")
     store = _kept(site, plan)
     with RunRecords(site, plan, index) as records:
         num_clips = {part: len(index.clips(split, part)) for part in ("train", "test")}
-        gpus = min(1.0, recipe.resources.gpus_per_worker)
         sampling = _sample.options(num_gpus=gpus)
         calls = [(site.name, plan, first) for first in range(0, num_clips["train"], _CLIPS_A_TASK)]
         missing = [] if store.exists("mixture0.npz") else calls

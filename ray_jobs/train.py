@@ -22,7 +22,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
 
 from infra.site import Site
-from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release
+from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release, require_room
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
 from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, Stopped
@@ -48,7 +48,8 @@ def train(site: Site, recipe: Recipe, split: int, console: Console, *, register:
     Started again it goes on from the newest checkpoint; when all is done already it only says so.
     """
     plan, index = plan_training(site, recipe, split)
-    connect(site)
+    connect(site, console.say)
+    require_room(site, recipe.resources.asked(recipe.resources.fewest_workers))
     console.heading(f"Training {plan.name}")
     with RunRecords(site, plan, index) as records:
         if plan.last_checkpoint in plan.checkpoints(site).names():
@@ -116,11 +117,6 @@ def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
 
 def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.torch.TorchTrainer:
     resources = plan.recipe.resources
-    per_worker = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
-    if resources.memory_per_worker:
-        per_worker["memory"] = resources.memory_per_worker * 1e9
     filesystem, path = arrow_filesystem(f"{plan.uri}/ray", site.s3)
     # Ray's signature knows only the kind of callback that hears of reports and errors; it takes every kind.
     callbacks: list[Any] = [Restarts(config.monitor, plan), ListenForSigterm()]
@@ -131,7 +127,7 @@ def _trainer(site: Site, plan: TrainingPlan, config: WorkerConfig) -> ray.train.
             if resources.fewest_workers == resources.most_workers
             else (resources.fewest_workers, resources.most_workers),
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.asked(),
             placement_strategy=resources.placement,
             elastic_resize_monitor_interval_s=resources.resize_seconds,
         ),

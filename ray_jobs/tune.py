@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from infra.site import Site, load_site
-from ray_jobs.cluster import connect, result_of, room_for
+from ray_jobs.cluster import connect, require_room, result_of, room_for
 from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
 from ray_jobs.features import feature_set, fill_views, may_use_features
@@ -114,7 +114,9 @@ def tune_recipe(
         require_optuna()
     known = known_configurations(plan)
     job = _check(site, plan, index, known)
-    connect(site)
+    connect(site, console.say)
+    workers = max(options.workers_per_trial, recipe.resources.fewest_workers if options.finalists else 1)
+    require_room(site, recipe.resources.asked(workers))
     console.heading(f"Sweep {plan.name}: {len(known) if known is not None else options.trials} trials")
     store = SweepStore(site, plan.name)
     with SweepRecords(site, plan) as records:

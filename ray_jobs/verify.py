@@ -42,7 +42,7 @@ class Verified:
 
 def verify_set(site: Site, uri: str, console: Console) -> Verified:
     """Read the set at `uri` again and tell what is wrong with it. ValueError if there is no finished set."""
-    connect(site)
+    connect(site, console.say)
     index, problems = verify_index(open_store(uri, site.s3))
     console.heading(f"Verifying {len(index.clips_table)} clips of {uri}")
     calls = ((site.name, uri, shard, rows) for shard, rows in rows_by_shard(index))

@@ -143,6 +143,17 @@ def test_training_killed_and_started_again_ends_with_the_weights_of_an_undisturb
             "cannot make 9999 clusters: lower",
         ),
         (["train", "demo", "--dataset", "real", "--set", "model.weights=none.pth"], "none.pth"),
+        *(
+            (
+                [verb, "demo", "--dataset", "real", "--set", "resources.gpus_per_worker=1", *more],
+                "1 GPU asked for, .* 0 GPU",
+            )
+            for verb, *more in (["codebook"], ["features"], ["train"], ["tune", "--trials", "2"])
+        ),
+        (
+            ["train", "demo", "--dataset", "real", "--set", "resources.workers=99-100"],
+            "99 CPU asked for, .*: lower resources.cpus_per_worker or resources.workers, or choose a --site",
+        ),
         (["predict", "tavlad-absent-split1@best", "video.avi"], "tavlad-absent-split1"),
         (["evaluate", "no-such-model", "--dataset", "real"], "no-such-model"),
         (["pack", "no-such-folder", "--name", "x"], "no-such-folder is no folder"),
