@@ -1,11 +1,12 @@
 """What a sweep and its trials are, and what is known of them. The sweep's memory is here, not Ray Tune's:
 
 started/ID.json      the fields a trial changes, written before it begins
-checkpoints/ID/...   a trial's state after each epoch, until it is over
+checkpoints/ID/...   a trial's state after each epoch, until it came to its end
 waiting/ID.json      a trial as it stood at the rung, where it waits for the others
-trials/ID.json       a trial that is over, written once: its rows, epoch by epoch
+trials/ID.json       a trial that came to its end or diverged, written once: its rows, epoch by epoch
 
-A trial's ID is a fingerprint of what it computes. A sweep started again takes what is over from here.
+A trial's ID is a fingerprint of what it computes. A sweep started again takes what is over from here. Which trials go
+on from the rung is not kept but decided anew: where more trials are asked for, others may be among the best quarter.
 """
 
 import dataclasses
@@ -202,6 +203,17 @@ def going_on(plan: SweepPlan, trials: Sequence[Trial], total: int) -> set[str]:
     return {trial.id for trial in best[:count]}
 
 
+def settled(plan: SweepPlan, trial: Trial, ids: set[str]) -> Trial:
+    """A trial as it ends where `ids` go on from the rung: if it is none of these, as it stood there. It may be further,
+    if fewer trials were asked for before or some had failed."""
+    rung = plan.rung
+    assert rung is not None
+    is_past = trial.state == "waiting" or trial.epochs > rung or (trial.state == "diverged" and trial.epochs == rung)
+    if trial.id in ids or not is_past:
+        return trial
+    return dataclasses.replace(trial, state="stopped", rows=trial.rows[:rung], reason="")
+
+
 class SweepStore:
     """What is known of a sweep's trials, on the site's store."""
 
@@ -211,11 +223,11 @@ class SweepStore:
         self._store: Store = open_store(self.uri, site.s3)
 
     def finished(self) -> dict[str, Trial]:
-        """Trials that are over, by ID."""
-        return self._trials("trials/")
+        """Trials that came to their end or diverged, by ID."""
+        return {key: trial for key, trial in self._trials("trials/").items() if trial.state != "stopped"}
 
     def waiting(self) -> dict[str, Trial]:
-        """Trials that came to the rung, by ID; those that are over since are among them."""
+        """Trials that came to the rung, by ID; those that went on to their end since are among them."""
         return self._trials("waiting/")
 
     def _trials(self, folder: str) -> dict[str, Trial]:
@@ -223,9 +235,10 @@ class SweepStore:
         return {trial.id: trial for trial in found}
 
     def find(self, trial_id: str) -> Trial | None:
-        """A trial, if it is over."""
+        """A trial, if it came to its end or diverged."""
         path = f"trials/{trial_id}.json"
-        return Trial(**json.loads(self._store.read(path))) if self._store.exists(path) else None
+        found = Trial(**json.loads(self._store.read(path))) if self._store.exists(path) else None
+        return None if found is None or found.state == "stopped" else found
 
     def started(self) -> dict[str, Changes]:
         """What trials that ever began change, by ID."""
@@ -243,8 +256,12 @@ class SweepStore:
         self._store.write_if_absent(f"waiting/{trial.id}.json", _content(trial))
 
     def finish(self, trial: Trial) -> bool:
-        """A trial is over; False if that was known, which then stays. Its checkpoints are removed."""
-        is_first = self._store.write_if_absent(f"trials/{trial.id}.json", _content(trial))
+        """A trial came to its end; False if that was known, which then stays. Its checkpoints are removed."""
+        path = f"trials/{trial.id}.json"
+        is_first = self._store.write_if_absent(path, _content(trial))
+        if not is_first and self.find(trial.id) is None:  # earlier versions kept here that a trial was stopped
+            self._store.write(path, _content(trial))
+            is_first = True
         self.checkpoints(trial.id).remove_all()
         return is_first
 

@@ -1,6 +1,5 @@
 """What is known of a running sweep: kept, recorded and shown as Ray Tune's news come in."""
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -10,7 +9,7 @@ from ray.tune import Callback, Stopper
 
 from ray_jobs.console import Console
 from ray_jobs.space import Changes
-from ray_jobs.sweep import Row, SweepPlan, SweepStore, Trial, ranked
+from ray_jobs.sweep import Row, SweepPlan, SweepStore, Trial, ranked, settled
 from ray_jobs.sweep_records import SweepRecords
 
 ChangesOf = Callable[[dict[str, Any]], Changes]
@@ -98,9 +97,21 @@ class Progress:
                 if each.state == "waiting"
             ]
 
-    def stop(self, trial: Trial) -> None:
-        """A trial at the rung has fallen behind."""
-        self._finish(dataclasses.replace(trial, state="stopped"))
+    def settle(self, ids: set[str], is_news: bool) -> list[Trial]:
+        """Every trial but these has fallen behind at the rung; the ones of these that wait there. It is no news where
+        it was so when the sweep was started."""
+        over = {key: settled(self._plan, trial, ids) for key, trial in self.over.items()}
+        cut = sum(trial is not self.over[key] for key, trial in over.items())
+        if cut:
+            self._console.say(
+                f"  {cut} trials count as they stood at epoch {self._plan.rung}: they are not among the best here, but "
+                "were when fewer trials were compared"
+            )
+        self.over, waiting = over, self.waiting()
+        for trial in waiting:
+            if trial.id not in ids:
+                self._end(settled(self._plan, trial, ids), is_news)
+        return [trial for trial in waiting if trial.id in ids]
 
     def end(self, changes: Changes) -> None:
         """A trial has come to its end, or to the rung."""
@@ -120,15 +131,15 @@ class Progress:
             self._store.wait(trial)
             running.state = "waiting"
         else:
-            self._finish(trial)
+            self._store.finish(trial)
+            self._end(trial)
 
-    def _finish(self, trial: Trial) -> None:
-        self._store.finish(trial)
+    def _end(self, trial: Trial, is_news: bool = True) -> None:
         with self._lock:
             self.over[trial.id] = trial
             del self._running[trial.id]
         self._records.end(trial)
-        if not self._console.is_terminal:
+        if is_news and not self._console.is_terminal:
             self._console.say(self.line(trial))
 
     def fail(self, changes: Changes, reason: str) -> None:

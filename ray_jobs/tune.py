@@ -174,14 +174,20 @@ def _search(
     assert total is not None
     ids = {plan.trial_id(changes) for changes in known} if known is not None else None
     progress = Progress(plan, store, records, console, total, ids)
+    over = list(progress.over)
+    are_there = len(over) + len(progress.waiting()) >= total
+    ahead = _settle(plan, progress, total, console, is_news=False) if are_there else []
     if progress.over:
         console.say(f"  {len(progress.over)} trials are over already and are not repeated")
-    for trial in progress.over.values():
-        records.end(trial)
-    if len(progress.over) < total:
+    if ahead or not are_there:
         _prepare(site, job, index, known, console)
+    if not are_there:
         _run_to_rung(site, job, progress, console, known, store.started())
-        _run_on(site, job, progress, console, total)
+        ahead = _settle(plan, progress, total, console, is_news=True)
+    if ahead:
+        _run(site, job, progress, console, [trial.changes for trial in ahead])
+    for trial_id in over:
+        records.end(progress.over[trial_id])
     store.tidy()
     if not progress.over:
         reason = next(iter(progress.failed.values()), "no trial came to its end")
@@ -215,19 +221,16 @@ def _run_to_rung(
         _run(site, job, progress, console, optuna_search(plan, trials), more)
 
 
-def _run_on(site: Site, job: TrialJob, progress: Progress, console: Console, total: int) -> None:
-    """The best trials at the rung to their end; the others are over."""
+def _settle(plan: SweepPlan, progress: Progress, total: int, console: Console, *, is_news: bool) -> list[Trial]:
+    """Decide which trials go on from the rung; the others are over. Those that have yet to go on."""
+    if plan.rung is None:
+        return []
     waiting = progress.waiting()
-    if not waiting:
-        return
-    ids = going_on(job.sweep, [*progress.over.values(), *waiting], total)
-    ahead = [trial for trial in waiting if trial.id in ids]
-    console.say(f"  epoch {job.sweep.rung}: {len(ahead)} of {len(waiting)} trials go on, the best so far")
-    for trial in waiting:
-        if trial.id not in ids:
-            progress.stop(trial)
-    if ahead:
-        _run(site, job, progress, console, [trial.changes for trial in ahead])
+    trials = [*progress.over.values(), *waiting]
+    ahead = progress.settle(going_on(plan, trials, max(total, len(trials))), is_news)
+    if ahead or (waiting and is_news):
+        console.say(f"  epoch {plan.rung}: {len(ahead)} of {len(waiting)} trials go on, the best so far")
+    return ahead
 
 
 def _prepare(site: Site, job: TrialJob, index: Index, known: list[Changes] | None, console: Console) -> None:

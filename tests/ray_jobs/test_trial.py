@@ -1,5 +1,7 @@
 """A trial on a real store, without Ray: resumed it is the same to the last bit, and it never sees a test clip."""
 
+import dataclasses
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +90,10 @@ def test_trial_ends_at_the_rung_by_itself_and_goes_on_from_there(local_site: Sit
     assert store.names() == ["stage1-epoch00002"]
     assert _run(replace(job, rung=2)) == at_rung, "told, not trained"
     assert store.names() == ["stage1-epoch00002"]
+    # Earlier versions recorded a trial that was stopped at the rung as one that is over.
+    stopped = Trial(id=job.sweep.trial_id(CHANGES), changes=CHANGES, state="stopped", rows=at_rung)
+    content = json.dumps(dataclasses.asdict(stopped)).encode()
+    open_store(f"{local_site.sweeps_uri}/{job.sweep.name}", local_site.s3).write(f"trials/{stopped.id}.json", content)
     on = _run(job)
     assert on[:2] == at_rung
     assert _but_speed(on) == _but_speed(undisturbed)
