@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from infra.s3_keys import ENVIRONMENT, find_keys
 from shards.store import S3Access, split_s3_uri
@@ -287,16 +288,20 @@ def _check_addresses(name: str, values: Mapping[str, str]) -> None:
     for key in ("ray_dashboard", "s3_endpoint", "mlflow"):
         if values[key] and not values[key].startswith(("http://", "https://")):
             raise SiteError(f"{key} of site {name!r} is {values[key]!r}: it must start with http:// or https://")
+        try:
+            _ = urlsplit(values[key]).port
+        except ValueError as error:
+            raise SiteError(f"{key} of site {name!r} is {values[key]!r}: that is no address ({error})") from error
     if not values["ray_address"]:
         raise SiteError(f"ray_address of site {name!r} is empty: give HOST:PORT, or auto inside the cluster")
     try:
         split_s3_uri(f"s3://{values['bucket']}")
-    except ValueError as error:
+    except UserError as error:
         raise SiteError(f"bucket of site {name!r} is {values['bucket']!r}: that is no bucket name") from error
 
 
 def _find_keys(name: str, source: str) -> tuple[str, str]:
     try:
         return find_keys(name, source, os.environ)
-    except ValueError as error:
+    except UserError as error:
         raise SiteError(str(error)) from error

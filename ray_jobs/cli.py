@@ -1,4 +1,4 @@
-"""The `tavlad` command: one verb a function; every mistake of the user is one sentence and exit code 2."""
+"""The `tavlad` command: one verb a function; `cli_ending` says how it ends when a verb fails."""
 
 import dataclasses
 import sys
@@ -9,6 +9,7 @@ import typer
 
 from infra.site import default_site
 from ray_jobs import cli_jobs, cli_models
+from ray_jobs.cli_ending import Verbs, interruptible, tell
 from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
 from ray_jobs.cli_settings import hand_over as _hand_over
@@ -16,10 +17,9 @@ from ray_jobs.cli_settings import require_local as _require_local
 from ray_jobs.cli_settings import site as _site
 from tavlad.errors import UserError
 
-_USER_ERROR = 2
-
 app = typer.Typer(
     name="tavlad",
+    cls=Verbs,
     help=(
         "Train video action recognition (TA-VLAD): pack videos, train in two stages, register, predict.\n\n"
         "Start with `tavlad demo`, or with `tavlad pack VIDEOS --name mine`, `tavlad train small --dataset mine`."
@@ -548,16 +548,13 @@ app.add_typer(cli_jobs.site_app)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; errors that users can mend end as one sentence."""
+    """Run the command, and end it as `cli_ending` says if a verb fails."""
     Settings.words = tuple(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(arguments)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(_USER_ERROR)
-    except KeyboardInterrupt:
-        typer.echo("stopped; run the same command again to go on", err=True)
-        sys.exit(130)
+        with interruptible():
+            app(arguments)
+    except Exception as error:  # noqa: BLE001  whatever it is, it is told
+        sys.exit(tell(error, Settings.words))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,10 @@ def serve(
     """
     if token_file is not None and not token_file.is_file():
         raise UserError(f"{token_file} does not exist: write the token into it")
-    token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    try:
+        token = None if token_file is None else token_file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{token_file} is no text: write the token into it") from error
     chosen = site()
     _require_serve()
     from ray_jobs.serve import ServeOptions, serve_model

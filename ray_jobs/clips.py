@@ -46,7 +46,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not (self.seconds > 0 and self.stride > 0):
-            raise UserError(f"a window of {self.seconds} s every {self.stride} s: both must be above 0")
+            raise ValueError(f"a window of {self.seconds} s every {self.stride} s: both must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """The one way a verb reaches Ray."""
 
 import logging
+import signal
 import threading
 import time
 from collections import Counter
@@ -48,6 +49,7 @@ def connect(site: Site, say: Callable[[str], None] | None = None) -> None:
     # Ray refuses a variable that the submitted job's own runtime environment has set already.
     variables = {name: value for name, value in site.worker_environment().items() if name not in job_variables()}
     runtime_env: dict[str, Any] = {"env_vars": variables}
+    ends = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=site.ray_address,
@@ -60,6 +62,9 @@ def connect(site: Site, say: Callable[[str], None] | None = None) -> None:
         raise UserError(
             f"no Ray cluster answers at {site.ray_address} (site {site.name}): start it, or correct ray_address"
         ) from error
+    if callable(ends) and threading.current_thread() is threading.main_thread():
+        # Ray put its own handler in the place of ours, which lets a verb end well.
+        signal.signal(signal.SIGTERM, ends)
     if say is not None:
         threading.Thread(target=_tell_of_waiting, args=(say,), name="waiting", daemon=True).start()
 
@@ -194,7 +199,7 @@ def result_of(reference: Any) -> Any:
     except OutOfMemoryError as error:
         raise UserError(NODE_OUT_OF_MEMORY) from error
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, UserError):
             raise error.cause from None
         if (text := lack_of_memory(error.cause)) is not None:
             raise UserError(text) from error

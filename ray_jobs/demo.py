@@ -149,7 +149,7 @@ def _predict(site: Site, data: _Data, packed: Packed, model: str, console: Conso
     command = [sys.executable, "-m", "ray_jobs.cli", "--json", "predict", f"{model}@best", *map(str, videos), "--top=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise UserError(f"the prediction failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"the prediction failed:\n{done.stderr.strip()}")
     predictions = json.loads(done.stdout.splitlines()[-1])["predictions"]
     said = {Path(each["video"]): each for each in predictions}
     console.table(

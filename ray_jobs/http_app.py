@@ -18,6 +18,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tavlad.errors import UserError
+
 _BYTES_OF_FORM = 64 * 1024
 """Beside the video, in a multipart body."""
 _DRAINED_BODIES = 8
@@ -69,9 +71,9 @@ class Backend:
     """Name and version."""
     num_actions: int
     predict: Callable[[bytes, int], Awaitable[list[Ranked]]]
-    """The top actions of a video's bytes; ValueError when they are none."""
+    """The top actions of a video's bytes; UserError when they are none."""
     read: Callable[[str, int], bytes]
-    """An s3:// object of at most so many bytes; ValueError for what cannot be read."""
+    """An s3:// object of at most so many bytes; UserError for what cannot be read."""
 
 
 def digest_of_token(token: str) -> str:
@@ -84,6 +86,7 @@ def make_app(backend: Backend, limits: Limits) -> ASGIApp:
     app = FastAPI(title=f"tavlad: {backend.model}", version="1", docs_url=None, redoc_url=None)
     app.add_exception_handler(StarletteHTTPException, _refuse)  # also what FastAPI and the form's parser refuse
     app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(Exception, _fail)
 
     @app.get("/health")
     async def health() -> Health:  # pyright: ignore[reportUnusedFunction]
@@ -109,7 +112,7 @@ def make_app(backend: Backend, limits: Limits) -> ASGIApp:
                 predictions = await backend.predict(data, top)
         except TimeoutError:
             raise HTTPException(504, f"no answer within {limits.seconds:g} s: send a shorter video") from None
-        except ValueError as error:
+        except UserError as error:
             raise HTTPException(400, str(error)) from None
         return Prediction(video=name, model=backend.model, predictions=predictions)
 
@@ -121,6 +124,7 @@ _REFUSALS = {
     401: "no token, or a wrong one",
     413: "too large",
     422: "not such a form",
+    500: "the service failed",
     504: "it took too long",
 }
 
@@ -131,6 +135,11 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     return JSONResponse({"error": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+
+
+async def _fail(_: Request, error: Exception) -> JSONResponse:
+    """Of whatever nobody who sends a video can mend; it is raised again after the answer, and logged."""
+    return JSONResponse({"error": f"the service failed ({type(error).__name__}): its log has the traceback"}, 500)
 
 
 class _Guard:

@@ -9,6 +9,7 @@ from infra.site import load_site
 from ray_jobs.cluster import on_this_node
 from ray_jobs.plan import TrainingPlan
 from shards.store import StoreUnreachable
+from tavlad.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +60,27 @@ class EpochDone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stopped:
-    """Something the user must mend; starting again would not help."""
+    """The training ends: it is the user's to mend, or was tried often enough."""
 
-    text: str
+    error: Exception
 
 
 News = Started | Said | Lost | Leaving | Stepped | EpochDone | Stopped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cause:
+    """Why workers were lost."""
+
+    text: str
+    """One sentence."""
+    traceback: str | None = None
+    """Of a mistake of ours or of a library; None where a machine failed, or what the user must mend."""
+
+
+class GivenUp(Exception):
+    """A training that failed again and again; the message has the traceback of the worker that failed last."""
+
 
 _FIRST_PAUSE_S = 5.0
 _LONGEST_PAUSE_S = 300.0
@@ -75,14 +91,14 @@ class _Monitor:
 
     def __init__(self) -> None:
         self._news: list[News] = []
-        self._error: str | None = None
+        self._error: Exception | None = None
         self._is_leaving = False
         self._restarts = 0  # since the last new checkpoint
         self._newest: str | None = None
 
     def tell(self, news: News) -> None:
         if isinstance(news, Stopped):
-            self._error = self._error or news.text
+            self._error = self._error or news.error
         if isinstance(news, Leaving):
             self._is_leaving = True
         if isinstance(news, Stepped) and self._news and isinstance(self._news[-1], Stepped):
@@ -93,7 +109,7 @@ class _Monitor:
         news, self._news = self._news, []
         return news
 
-    def error(self) -> str | None:
+    def error(self) -> Exception | None:
         return self._error
 
     def has_left(self) -> bool:
@@ -102,7 +118,7 @@ class _Monitor:
     def start_anew(self) -> None:
         self._is_leaving = False
 
-    def lost(self, cause: str, max_restarts: int, newest: str | None) -> float | None:
+    def lost(self, cause: Cause, max_restarts: int, newest: str | None) -> float | None:
         if self._error is not None:
             return None
         if newest is not None and newest != self._newest:
@@ -112,17 +128,18 @@ class _Monitor:
             return 0.0
         self._restarts += 1
         if self._restarts > max_restarts:
-            self._error = (
-                f"{cause}; it was started again {max_restarts} times without reaching a new checkpoint "
+            text = (
+                f"{cause.text}; it was started again {max_restarts} times without reaching a new checkpoint "
                 "(resources.max_restarts): what the workers said is in Ray's logs"
             )
-            self._news.append(Stopped(text=self._error))
+            self._error = UserError(text) if cause.traceback is None else GivenUp(f"{text}\n\n{cause.traceback}")
+            self._news.append(Stopped(error=self._error))
             return None
         # The first time at once: most losses are a machine's, and happen once.
         pause = 0.0 if self._restarts == 1 else min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (self._restarts - 2))
         when = f"in {pause:g} s" if pause else "now"
         count = f"restart {self._restarts} of at most {max_restarts} without a new checkpoint"
-        self._news.append(Lost(text=f"{cause}; starting again {when} ({count})"))
+        self._news.append(Lost(text=f"{cause.text}; starting again {when} ({count})"))
         return pause
 
 
@@ -149,8 +166,8 @@ class Monitor:
         """Take all news since the last time."""
         return ray.get(self._handle.read.remote())
 
-    def error(self) -> str | None:
-        """The first thing that the user must mend, if any was told."""
+    def error(self) -> Exception | None:
+        """The first reason to end the training, if any was told."""
         return ray.get(self._handle.error.remote())
 
     def has_left(self) -> bool:
@@ -161,7 +178,7 @@ class Monitor:
         """New workers take over from those that left."""
         ray.get(self._handle.start_anew.remote())
 
-    def lost(self, cause: str, plan: TrainingPlan) -> float | None:
+    def lost(self, cause: Cause, plan: TrainingPlan) -> float | None:
         """The workers are gone: seconds to wait before new ones start, or None for never. After `Leaving` at once.
 
         Whether there is a new checkpoint the store says: a worker may die between writing one and telling of it.

@@ -154,7 +154,7 @@ def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None
         raise UserError(f'{path.name} names no dataset: add dataset = "NAME" to it, or give --dataset NAME')
     try:
         return _with_precision(parse(Recipe, values))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from infra.site import Site
 from ray_jobs.console import Console
+from ray_jobs.monitor import GivenUp
 from ray_jobs.plan import TrainingPlan, locate_set, plan_run, plan_training
 from ray_jobs.published import PublishedRow, published_table
 from ray_jobs.recipe import Recipe, change_recipe, load_recipe
@@ -71,7 +72,7 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run what is missing of a table and write report.html and report.json into `folder`, anew after every training.
 
-    A training that cannot be done is named in the report with its reason, and the others go on; ValueError at the end.
+    A training that cannot be done is named in the report with its reason, and the others go on; an error at the end.
     """
     entries = [
         Entry(row=row, dataset=dataset, split=split)
@@ -79,7 +80,7 @@ def reproduce(
         for row in _rows(site, dataset, options)
         for split in ((1,) if options.table == 1 else (1, 2, 3))
     ]
-    started = time.monotonic()
+    started, kind = time.monotonic(), UserError
     for number, entry in enumerate(entries):
         console.heading(f"[{number + 1}/{len(entries)}] {entry.row.name}: {entry.dataset}, split {entry.split}")
         try:
@@ -87,9 +88,10 @@ def reproduce(
                 _fused(site, entry, options) if entry.row.fuses else _outcome(site, entry, options, console)
             )
             failure = ""
-        except ValueError as error:
-            outcome, failure = None, str(error)
-            console.say(f"  not done: {failure}")
+        except (UserError, GivenUp) as error:
+            console.say(f"  not done: {error}")
+            outcome, failure = None, str(error).partition("\n")[0]  # the rest is a traceback
+            kind = type(error) if isinstance(error, GivenUp) else kind
         entries[number] = dataclasses.replace(entry, outcome=outcome, failure=failure)
         write_reproduction(folder, _described(options, entries, datasets, site))
     seconds = time.monotonic() - started
@@ -102,7 +104,7 @@ def reproduce(
         if entry.failure
     ]
     if failures:
-        raise UserError(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
+        raise kind(f"not reproduced: {'; '.join(failures)}; the report gives the reasons: {folder}/report.html")
     return document
 
 

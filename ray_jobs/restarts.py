@@ -5,6 +5,7 @@ they wait longer each time. What the user must mend ends the training at once.
 """
 
 import time
+import traceback
 from typing import Any
 
 import ray
@@ -25,9 +26,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY
-from ray_jobs.monitor import Leaving, Monitor, Said, Stopped
+from ray_jobs.monitor import Cause, Leaving, Monitor, Said, Stopped
 from ray_jobs.notice import give_notice
 from ray_jobs.plan import TrainingPlan
+from tavlad.errors import UserError
 
 _SECONDS_FOR_A_CHECKPOINT = 60.0
 _COLLATERAL = ("gloo", "NCCL", "DistBackendError", "DistNetworkError")
@@ -76,7 +78,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 
     def _lost(self, error: TrainingFailedError) -> None:
         if lacked_memory(error):
-            self._monitor.tell_surely(Stopped(text=NODE_OUT_OF_MEMORY))
+            self._monitor.tell_surely(Stopped(error=UserError(NODE_OUT_OF_MEMORY)))
         elif _is_preemption_failure(error) and not self._monitor.has_left():
             self._monitor.tell_surely(Leaving(text="a node was taken away: starting again"))
         seconds = self._monitor.lost(cause_of(error), self._plan)
@@ -127,17 +129,21 @@ def _deaths(error: Exception) -> dict[int, Exception]:
     }
 
 
-def cause_of(error: Exception) -> str:
-    """The first cause in one sentence, without a traceback."""
+def cause_of(error: Exception) -> Cause:
+    """The first cause in one sentence, and the traceback of what failed if it is no machine's or user's."""
     if _is_death_at_the_start(error):
-        return "a worker died, or its node was lost, while the workers were starting"
+        return Cause(text="a worker died, or its node was lost, while the workers were starting")
     if isinstance(error, RayActorError | ControllerError):
-        return "Ray's controller of the training was lost"
+        failure = error.controller_failure if isinstance(error, ControllerError) else error
+        ours = None if isinstance(failure, RayActorError) else "".join(traceback.format_exception(failure))
+        return Cause(text="Ray's controller of the training was lost", traceback=ours)
     if died := _deaths(error):
-        return f"worker {', '.join(map(str, died))} died, or its node was lost"
+        return Cause(text=f"worker {', '.join(map(str, died))} died, or its node was lost")
     failures: dict[int, Any] = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for rank, each in sorted(failures.items()):
         last_line = (str(each).strip().splitlines() or [type(each).__name__])[-1]  # before it is a traceback
         if not any(word in last_line for word in _COLLATERAL):
-            return f"worker {rank} failed: {last_line}"
-    return "a worker was lost: the others' connections to it broke"
+            raised = getattr(each, "_base_exc", each)  # Ray has no other name for it
+            ours = None if isinstance(raised, UserError) else str(each)
+            return Cause(text=f"worker {rank} failed: {last_line}", traceback=ours)
+    return Cause(text="a worker was lost: the others' connections to it broke")

@@ -129,7 +129,8 @@ def sources_of(model_input: Any) -> list[Source]:
     values = model_input
     if isinstance(values, pd.DataFrame):
         if values.shape[1] != 1:
-            raise UserError(f"a table of videos has one column, of paths or bytes; this one has {list(values.columns)}")
+            columns = list(values.columns)
+            raise ValueError(f"a table of videos has one column, of paths or bytes; this one has {columns}")
         values = values.iloc[:, 0]
     if isinstance(values, Tensor):
         values = values.numpy()
@@ -138,7 +139,7 @@ def sources_of(model_input: Any) -> list[Source]:
     if isinstance(values, pd.Series):
         values = values.tolist()
     if not isinstance(values, list | tuple | np.ndarray):
-        raise UserError(f"cannot predict from {type(values).__name__}: pass paths, bytes or uint8 frames")
+        raise ValueError(f"cannot predict from {type(values).__name__}: pass paths, bytes or uint8 frames")
     return [_source_of(value) for value in values]
 
 
@@ -147,7 +148,7 @@ def _source_of(value: Any) -> Source:
         value = value.numpy()
     if isinstance(value, np.ndarray):
         if value.dtype != np.uint8 or value.ndim != 4 or value.shape[1] != 3 or not len(value):
-            raise UserError(
+            raise ValueError(
                 f"frames are {value.dtype} of shape {value.shape}: "
                 "pass uint8 RGB frames of shape (T, 3, H, W) for a clip, (B, T, 3, H, W) for several"
             )
@@ -156,7 +157,7 @@ def _source_of(value: Any) -> Source:
         return bytes(value)
     if isinstance(value, str | Path | bytes):
         return value
-    raise UserError(f"cannot predict from {type(value).__name__}: pass a path, bytes or uint8 frames for each video")
+    raise ValueError(f"cannot predict from {type(value).__name__}: pass a path, bytes or uint8 frames for each video")
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:  # pyright: ignore[reportUnusedFunction]

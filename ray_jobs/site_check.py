@@ -61,10 +61,10 @@ def _check_ray(site: Site, resources: ResourceConfig | None, ours: Versions) -> 
         client.list_jobs()  # needs the token, where there is one
         listed: list[Any] = list_nodes(address=site.ray_dashboard, detail=True)
         nodes = [node for node in listed if node.state == "ALIVE"]
-    except (ValueError, RuntimeError, RayStateApiException) as error:
+    except (UserError, RuntimeError, RayStateApiException) as error:
         remedy = (
             str(error)
-            if isinstance(error, ValueError)
+            if isinstance(error, UserError)
             else "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file of the cluster's token"
         )
         return [Finding(what=what, fine=False, found=str(error).strip().splitlines()[0], remedy=remedy)]
@@ -113,7 +113,7 @@ def _check_from_the_cluster(site: Site, ours: Versions) -> list[Finding]:
     what = "a job"
     try:
         report = _run_probe(site)
-    except (ValueError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         remedy = "look at it in Ray's dashboard: the nodes must have tavlad's dependencies (infra/Dockerfile)"
         return [Finding(what=what, fine=False, found=str(error), remedy=remedy)]
     findings = [Finding(what=what, fine=True, found="started, ran and answered")]
@@ -168,7 +168,7 @@ def _probe(site_name: str) -> None:
     try:
         site = load_site(site_name)
         findings = check_s3(site) + check_mlflow(site, importlib.metadata.version("mlflow"))
-    except ValueError as error:
+    except UserError as error:
         remedy = "give the nodes their S3 keys: s3_keys of the site (docs/DEPLOY.md)"
         findings = [Finding(what="the site's settings", fine=False, found=str(error), remedy=remedy)]
     report = {

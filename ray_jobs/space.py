@@ -95,11 +95,11 @@ def load_space(path: Path | None, recipe: Recipe) -> tuple[Dimension, ...]:
         raise UserError(f"the space {path} does not exist: give a TOML file, or leave --space out")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     try:
         return parse_space(values, recipe)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path.name}: {error}") from None
 
 

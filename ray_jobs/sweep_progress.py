@@ -11,6 +11,7 @@ from ray_jobs.console import Console
 from ray_jobs.space import Changes
 from ray_jobs.sweep import Row, SweepPlan, SweepStore, Trial, ranked, settled
 from ray_jobs.sweep_records import SweepRecords
+from tavlad.errors import UserError
 
 ChangesOf = Callable[[dict[str, Any]], Changes]
 """From what Ray Tune calls a trial's config to the fields it changes."""
@@ -27,6 +28,7 @@ class _Running:
         self.changes = changes
         self.rows = list(rows)
         self.reason = ""
+        self.refusal = ""
         self.state = state
 
 
@@ -44,7 +46,7 @@ class Progress:
     ) -> None:
         """`ids` are the trials of this sweep, None where any may be."""
         self.over = {key: trial for key, trial in store.finished().items() if ids is None or key in ids}
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, Exception] = {}
         self._plan = plan
         self._store = store
         self._records = records
@@ -88,6 +90,10 @@ class Progress:
         """A trial cannot be trained."""
         self._running[self._plan.trial_id(changes)].reason = reason
 
+    def refuse(self, changes: Changes, reason: str) -> None:
+        """A trial cannot go on before the user has mended something, which another try does not."""
+        self._running[self._plan.trial_id(changes)].refusal = reason
+
     def waiting(self) -> list[Trial]:
         """Trials at the rung."""
         with self._lock:
@@ -119,6 +125,9 @@ class Progress:
         running = self._running[trial_id]
         if self.stopping:
             return
+        if running.refusal:
+            self.fail(changes, UserError(running.refusal))
+            return
         if trial_id in self.over:  # a search that draws as it goes may draw the same twice
             with self._lock:
                 del self._running[trial_id]
@@ -142,12 +151,13 @@ class Progress:
         if is_news and not self._console.is_terminal:
             self._console.say(self.line(trial))
 
-    def fail(self, changes: Changes, reason: str) -> None:
-        """A trial died more often than it is started again; the next start of the sweep tries it again."""
+    def fail(self, changes: Changes, error: Exception) -> None:
+        """A trial failed more often than it is started again; the next start of the sweep tries it again."""
         trial_id = self._plan.trial_id(changes)
         self._running[trial_id].state = "failed"
-        self.failed[trial_id] = reason
+        self.failed[trial_id] = error
         self._records.fail(trial_id)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
         self._console.say(f"  trial {trial_id[:6]} failed ({described(changes)}): {reason}")
 
     def line(self, trial: Trial) -> str:
@@ -208,6 +218,8 @@ class Listener(Callback):
         changes = self._changes_of(trial.config)
         if "diverged" in result:
             self._progress.diverge(changes, result["diverged"])
+        elif "refused" in result:
+            self._progress.refuse(changes, result["refused"])
         elif "row" in result:
             self._progress.add(changes, result["row"])
 
@@ -215,8 +227,7 @@ class Listener(Callback):
         self._progress.end(self._changes_of(trial.config))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = (trial.get_error() and str(trial.get_error()).strip().splitlines()) or ["it died"]
-        self._progress.fail(self._changes_of(trial.config), lines[-1][:300])
+        self._progress.fail(self._changes_of(trial.config), trial.get_error() or RuntimeError("it died"))
 
 
 class StopTrials(Stopper):

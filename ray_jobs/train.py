@@ -93,7 +93,7 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
     error = monitor.error()
     monitor.stop()
     if error is not None:
-        raise UserError(error)
+        raise error
     training.result()
 
 
@@ -195,8 +195,8 @@ class _Follower:
                 if "test/top1" in row:
                     shown.append(f"test {row['test/top1']:.1%}")
                 self._note = ", ".join(shown)
-            case Stopped(text=text):
-                self._console.say(f"  stopped: {text}")
+            case Stopped(error=error):
+                self._console.say(f"  stopped: {str(error).partition(chr(10))[0]}")
 
     def _tell_of_recovery(self, stage: int, done: int) -> None:
         if self._lost_at is not None:

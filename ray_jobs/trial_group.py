@@ -17,8 +17,8 @@ from ray_jobs.monitor import EpochDone, Monitor, Stopped
 from ray_jobs.network import HostNetwork
 from ray_jobs.space import Changes
 from ray_jobs.trial import Report, TrialJob, run_trial
-from shards.store import arrow_filesystem
-from tavlad.train import Diverged
+from shards.store import StoreUnreachable, arrow_filesystem
+from tavlad.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_WITHOUT_ACTORS = 10.0
@@ -50,10 +50,10 @@ def run_trial_by_group(job: TrialJob, changes: Changes, report: Report) -> None:
         for news in monitor.read():
             if isinstance(news, EpochDone):
                 report(news.row)
-    reason = monitor.error()
+    error = monitor.error()
     monitor.stop()
-    if reason is not None:
-        raise Diverged(reason)
+    if error is not None:
+        raise error
     training.result()
 
 
@@ -127,6 +127,8 @@ def _work(job: TrialJob, changes: Changes, monitor: Monitor) -> None:
     """One rank."""
     try:
         run_trial(job, changes, lambda row: monitor.tell_surely(EpochDone(row=row)), ray.train.torch.get_device())
-    except Diverged as error:
-        monitor.tell_surely(Stopped(text=str(error)))
+    except StoreUnreachable:  # later it may answer
+        raise
+    except UserError as error:
+        monitor.tell_surely(Stopped(error=error))
         raise

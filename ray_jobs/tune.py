@@ -40,7 +40,7 @@ from ray_jobs.trial_group import Leftovers, run_trial_by_group
 from shards.features import CENTRE_SLOT, FeatureSet
 from shards.index import Index
 from shards.order import num_steps
-from shards.store import arrow_filesystem
+from shards.store import StoreUnreachable, arrow_filesystem
 from shards.transforms import draw_slot
 from tavlad.codebook import require_descriptors
 from tavlad.errors import UserError
@@ -190,8 +190,9 @@ def _search(
         records.end(progress.over[trial_id])
     store.tidy()
     if not progress.over:
-        reason = next(iter(progress.failed.values()), "no trial came to its end")
-        raise UserError(f"every trial failed, the first one with: {reason}")
+        error = next(iter(progress.failed.values()), RuntimeError("no trial came to its end"))
+        kind = UserError if isinstance(error, UserError) else RuntimeError
+        raise kind(f"every trial failed, the first one with: {error}")
     if progress.failed:
         console.say(f"  {len(progress.failed)} trials failed; the same command tries them again")
     return ranked(list(progress.over.values()))
@@ -402,6 +403,10 @@ def _run_in_tune(job: TrialJob, changes: Changes) -> None:
         (run_trial if job.sweep.options.workers_per_trial == 1 else run_trial_by_group)(job, changes, report)
     except Diverged as error:  # another try would come to the same
         tune.report({EPOCH_NAME: epoch + 1, SCORE_NAME: -1.0, "diverged": str(error)})
+    except StoreUnreachable:  # later it may answer
+        raise
+    except UserError as error:
+        tune.report({EPOCH_NAME: epoch + 1, SCORE_NAME: -1.0, "refused": str(error)})
 
 
 def _show(plan: SweepPlan, trials: Sequence[Trial], console: Console) -> None:

@@ -58,12 +58,13 @@ def train_worker(config: WorkerConfig) -> None:
     except (MemoryError, RuntimeError) as error:
         if (text := lack_of_memory(error)) is None:
             raise
-        config.monitor.tell_surely(Stopped(text=text))
-        raise UserError(text) from error
-    except StoreUnreachable as error:  # not the user's to mend: later it may answer
-        raise ConnectionError(str(error)) from error
-    except ValueError as error:
-        config.monitor.tell_surely(Stopped(text=str(error)))
+        users = UserError(text)
+        config.monitor.tell_surely(Stopped(error=users))
+        raise users from error
+    except StoreUnreachable:  # later it may answer
+        raise
+    except UserError as error:
+        config.monitor.tell_surely(Stopped(error=error))
         raise
     finally:
         trainer.close()

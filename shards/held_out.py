@@ -18,7 +18,7 @@ def held_out(index: Index, split: int, share: float, seed: int) -> Index:
     clips' groups and actions and of `seed`, whatever their order. Raises ValueError where nothing can be held out.
     """
     if not 0 < share < 1:
-        raise UserError(f"the held-out share is {share}: choose one above 0 and below 1")
+        raise ValueError(f"the held-out share is {share}: choose one above 0 and below 1")
     train = index.clips(split, "train").table
     groups_of = {name: _Group(name) for name in set(train["group"].to_pylist())}
     for group, action in zip(train["group"].to_pylist(), train["action"].to_pylist(), strict=True):

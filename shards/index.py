@@ -126,7 +126,7 @@ class Index:
         if part == "all":
             return self.clips_table
         if split not in range(1, NUM_SPLITS + 1):
-            raise UserError(f"there is no split {split}: a set has splits 1, 2 and 3")
+            raise ValueError(f"there is no split {split}: a set has splits 1, 2 and 3")
         assert part in ("train", "test"), part
         table = self.clips_table.table
         rows = rows_where(table, f"split{split}", part)

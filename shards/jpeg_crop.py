@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from tavlad.errors import UserError
-
 _FIRST_MARK = np.uint8(0xD0)  # of eight, in turn, each after 0xff
 _END_OF_IMAGE = 0xD9
 _END = bytes((0xFF, _END_OF_IMAGE))
@@ -57,7 +55,7 @@ class JpegHeader:
             elif kind == _RESTART_INTERVAL:
                 interval = int.from_bytes(jpeg[at + 4 : at + 6], "big")
         if not size_at:
-            raise UserError("this is not a JPEG")
+            raise ValueError("this is not a JPEG")
         height, width = struct.unpack_from(">HH", jpeg, size_at)
         block_height, block_width = (sampling & 15) * 8, (sampling >> 4) * 8
         is_cut = is_cut and interval > 0 and _rounded_up(width, block_width) % interval == 0
@@ -141,7 +139,7 @@ class JpegCrop:
         first_T, last_T = np.searchsorted(marks_at, data_from_T), np.searchsorted(marks_at, data_to_T)
         if np.any(wrong := last_T - first_T != self._num_segments - 1):
             found = int((last_T - first_T)[wrong][0]) + 1
-            raise UserError(f"the JPEG has {found} segments, its header says {self._num_segments}")
+            raise ValueError(f"the JPEG has {found} segments, its header says {self._num_segments}")
         marks_at_TS = marks_at[first_T[:, None] + np.arange(self._num_segments - 1)]
         before_TS = np.concatenate([data_from_T[:, None], marks_at_TS + 2], axis=1)
         return before_TS, np.concatenate([marks_at_TS, data_to_T[:, None]], axis=1)

@@ -3,8 +3,6 @@
 import numpy as np
 from jaxtyping import Int64
 
-from tavlad.errors import UserError
-
 
 def epoch_order(num_clips: int, seed: int, epoch: int) -> Int64[np.ndarray, " N"]:
     """The global permutation of an epoch's clips.
@@ -13,7 +11,7 @@ def epoch_order(num_clips: int, seed: int, epoch: int) -> Int64[np.ndarray, " N"
     draws. Raw words, unlike numpy's shuffles, are the same in every version of numpy.
     """
     if not (0 <= seed < 2**63 and 0 <= epoch < 2**63):
-        raise UserError(f"seed {seed} and epoch {epoch} must be whole numbers from 0 to 2**63 - 1")
+        raise ValueError(f"seed {seed} and epoch {epoch} must be whole numbers from 0 to 2**63 - 1")
     draws_N = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_clips)
     return np.argsort(draws_N, kind="stable").astype(np.int64, copy=False)
 

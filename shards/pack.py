@@ -178,7 +178,7 @@ def _kept(plan: PackPlan, number: int, store: Store) -> ShardResult | None:
     except StoreError as error:
         if not isinstance(error, MissingObject):  # which means that somebody has removed the shard alone
             raise
-    except ValueError:
+    except UserError:
         pass  # no Parquet file
     store.delete(path)  # before its shard is overwritten, or that other plan would take our shard for its own
     return None

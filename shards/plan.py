@@ -51,7 +51,7 @@ class PackOptions:
         for field, low, high in (("num_frames", 1, 10_000), ("short_side", 16, 4096), ("jpeg_quality", 1, 100)):
             if not low <= getattr(self, field) <= high:
                 raise UserError(f"{field} is {getattr(self, field)}: choose {low} to {high}")
-        if self.shard_megabytes <= 0:
+        if not self.shard_megabytes > 0:  # which no NaN is
             raise UserError(f"shard_megabytes is {self.shard_megabytes}: choose a size above 0, such as 64")
 
     def facts(self) -> dict[str, object]:

@@ -42,7 +42,6 @@ from shards.transforms import (
     window_of,
 )
 from tavlad.clip import BadClip, ClipBatch, reverse_flow
-from tavlad.errors import UserError
 
 _Result = TypeVar("_Result")
 _FETCHES_A_THREAD = 4
@@ -81,9 +80,9 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):
             if getattr(self, field) < low:
-                raise UserError(f"{field} is {getattr(self, field)}: choose {low} or more")
+                raise ValueError(f"{field} is {getattr(self, field)}: choose {low} or more")
         if not 1 <= self.num_views <= len(VIEWS):
-            raise UserError(f"num_views is {self.num_views}: choose 1 to {len(VIEWS)}")
+            raise ValueError(f"num_views is {self.num_views}: choose 1 to {len(VIEWS)}")
 
 
 class ClipLoader:

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             render_videos(chosen.directory, chosen.clips_per_action, chosen.seed, with_motion_pair=motion)
         if chosen.contact_sheet is not None:
             _write_whole(chosen.contact_sheet, contact_sheet(chosen.seed))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0

@@ -27,7 +27,7 @@ def index_to_keep(plan: PackPlan, store: Store) -> Index | None:
         index = load_index(store)
     except StoreError:
         raise
-    except ValueError:
+    except UserError:
         index = None
     if index is not None and index.plan == plan.fingerprint:
         return index
@@ -83,7 +83,7 @@ def _plan_of_rejected(store: Store) -> str | None:
         return None
     except StoreError:
         raise
-    except ValueError:
+    except UserError:
         return None
 
 

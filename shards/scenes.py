@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from shards import drawing
 from shards.drawing import Colour, Picture, Pose, Shape
 from tavlad.clip import uniform_frame_indices
-from tavlad.errors import UserError
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("grow", "shrink"),
@@ -160,7 +159,7 @@ def render_clip(
     pair = next((pair for pair in (*PAIRS, MOTION_PAIR) if action in pair), None)
     if pair is None:
         known = ", ".join(name for pair in (*PAIRS, MOTION_PAIR) for name in pair)
-        raise UserError(f"Cannot render the action {action!r}: choose one of {known}.")
+        raise ValueError(f"Cannot render the action {action!r}: choose one of {known}.")
     story, backwards = _STORIES[pair[0]], action == pair[1]
     rng = np.random.default_rng([*seed])
     width, height = size

@@ -209,5 +209,11 @@ def _table_rows(path: Path) -> tuple[Sequence[str], Iterable[tuple[str, dict[str
         return table.column_names, [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, restval="")
-        columns = list(reader.fieldnames or ())
-        return columns, [(f"{path}:{reader.line_num}", {name: row[name].strip() for name in columns}) for row in reader]
+        try:
+            columns = list(reader.fieldnames or ())
+            rows = [(f"{path}:{reader.line_num}", {name: row[name].strip() for name in columns}) for row in reader]
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{reader.line_num + 1} is no line of a CSV table ({error}); write it again"
+            ) from error
+        return columns, rows

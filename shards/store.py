@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from tavlad.errors import UserError
 
@@ -131,13 +130,14 @@ def open_store(uri: str, s3: S3Access | None = None) -> Store:
 
 def split_s3_uri(uri: str) -> tuple[str, str]:
     """`s3://BUCKET/a/b` -> ("BUCKET", "a/b"), checked."""
-    parts = urlsplit(uri)
-    if parts.scheme != "s3":
+    scheme, _, place = uri.partition("://")
+    if scheme != "s3":
         raise UserError(f"{uri!r} is neither s3://BUCKET/PREFIX nor a folder")
-    if not _BUCKET_NAME.fullmatch(parts.netloc):
+    bucket, _, prefix = place.partition("/")
+    if not _BUCKET_NAME.fullmatch(bucket):
         raise UserError(f"{uri!r} does not name a bucket: write s3://BUCKET/PREFIX, the bucket in lower case")
-    prefix = uri.removeprefix("s3://").removeprefix(parts.netloc).strip("/")
-    return parts.netloc, checked_path(prefix) if prefix else ""
+    prefix = prefix.strip("/")
+    return bucket, checked_path(prefix) if prefix else ""
 
 
 def arrow_filesystem(uri: str, s3: S3Access | None = None) -> tuple["FileSystem", str]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from shards.clip_bytes import END_OF_SHARD, read_tar_members
 from shards.index import INDEX_PATH, NUM_SPLITS, REJECTED_PATH, Index, load_index, make_index, read_table
 from shards.store import MissingObject, Store, StoreError
+from tavlad.errors import UserError
 
 _SAID_TWICE = ("key", "action", "label", "group", "source", "num_source_frames", "source_fps", "width", "height")
 """Columns of the index that a clip's own json repeats."""
@@ -135,7 +136,7 @@ def _problems_with_rejected(index: Index, store: Store) -> list[Problem]:
         return [Problem(shard=REJECTED_PATH, key="", what="is missing")]
     except StoreError:
         raise
-    except ValueError:
+    except UserError:
         return [Problem(shard=REJECTED_PATH, key="", what="is not a Parquet file")]
     if described.get("plan") != index.plan:
         what = f"is of another set than {REJECTED_PATH}: one of them does not belong here"

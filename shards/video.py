@@ -18,7 +18,6 @@ from jaxtyping import UInt8
 from torch.nn import functional as F
 
 from tavlad.clip import BadClip, uniform_frame_indices
-from tavlad.errors import UserError
 
 _UNCONVERTED_PIXELS = 64_000_000  # of frames kept as decoded: about 100 MB at 4:2:0
 _PICTURES = ("_pipe", "image2")  # ends of the names of FFmpeg's formats of single pictures
@@ -148,7 +147,7 @@ def window_starts(end: float | int, seconds: float | int, stride: float | int) -
     ([0.0, 2.0, 4.0, 6.0], [0.0, 2.0, 4.0, 5.0], [0.0])
     """
     if not (seconds > 0 and stride > 0):
-        raise UserError(f"a window of {seconds} s every {stride} s: both must be above 0")
+        raise ValueError(f"a window of {seconds} s every {stride} s: both must be above 0")
     last = max(0.0, end - seconds)
     starts = [float(number * stride) for number in range(int(last / stride) + 1)]
     return starts if last - starts[-1] < _SECONDS_OF_ROUNDING else [*starts, last]

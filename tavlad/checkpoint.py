@@ -96,7 +96,7 @@ def load_card(directory: Path) -> ModelCard:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory} holds no model: it has no {CARD}") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): fetch the model again") from None
     if values.get("format") not in (_LOST_ACTIVATIONS, FORMAT):
         raise UserError(

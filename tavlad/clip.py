@@ -29,7 +29,7 @@ def uniform_frame_indices(num_frames: int, num_samples: int) -> list[int]:
     [0, 0, 1, 1]
     """
     if num_frames < 1 or num_samples < 1:
-        raise UserError(f"cannot choose {num_samples} frames from {num_frames}: both must be at least 1")
+        raise ValueError(f"cannot choose {num_samples} frames from {num_frames}: both must be at least 1")
     # Integer arithmetic: floating-point linspace can fall just below a whole number.
     return [sample * num_frames // num_samples for sample in range(num_samples)]
 

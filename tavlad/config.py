@@ -228,6 +228,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "crop", "evaluate_every"):
             _require(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)}: must be at least 1")
+        _require(0 <= self.seed < 2**32, f"training.seed = {self.seed}: must be from 0 to {2**32 - 1}")
         _require(1 <= self.num_views <= 40, f"training.num_views = {self.num_views}: must be 1 to 40")
         _require(
             self.compile or not self.cuda_graphs, "training.cuda_graphs = true: needs training.compile = true as well"
@@ -332,7 +333,7 @@ def parse(kind: type[Config], values: dict[str, Any], where: str = "", base: Con
             parsed[name] = default
     try:
         return kind(**parsed)
-    except ValueError as error:
+    except UserError as error:
         # A dataclass used for two tables (the stages) names its field only.
         text = str(error)
         raise UserError(text if not where or text.startswith(where) else f"{where}.{text}") from None

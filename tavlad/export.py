@@ -72,7 +72,7 @@ def export(
     difference = _largest_difference(program, run, checked)
     if not difference <= TOLERANCE:
         partial.unlink()
-        raise UserError(
+        raise ValueError(
             f"the {kind} program of {directory} differs from the model by {difference:.2g} in a probability, more than "
             f"{TOLERANCE}: it was not kept"
         )

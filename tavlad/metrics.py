@@ -65,7 +65,7 @@ class Scores:
         """Share right among clips of `actions` when the model must choose among these alone."""
         rows = np.isin(self.labels, actions)
         if not rows.any():
-            raise UserError(f"no clip has any of the labels {actions}")
+            raise ValueError(f"no clip has any of the labels {actions}")
         choice = np.asarray(actions)[self.probabilities[rows][:, list(actions)].argmax(axis=1)]
         return float((choice == self.labels[rows]).mean())
 

@@ -10,7 +10,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tavlad.checkpoint import load_model
-from tavlad.errors import UserError
 from tavlad.parallel import autocast
 
 
@@ -64,7 +63,7 @@ class Predictor:
     def _check(self, frames_BTCHW: Tensor) -> None:
         wanted = (self.card.num_frames, 3, self.card.crop, self.card.crop)
         if frames_BTCHW.dtype != torch.uint8 or tuple(frames_BTCHW.shape[1:]) != wanted or not len(frames_BTCHW):
-            raise UserError(
+            raise ValueError(
                 f"frames are {frames_BTCHW.dtype} of shape {tuple(frames_BTCHW.shape)}: "
                 f"this model takes uint8 of shape (clips, {', '.join(map(str, wanted))})"
             )
@@ -75,7 +74,7 @@ def table(
 ) -> list[Prediction]:
     """The `top` most probable actions of each video, most probable first; ties go to the lower label."""
     if top < 1:
-        raise UserError(f"top is {top}: ask for 1 action or more")
+        raise ValueError(f"top is {top}: ask for 1 action or more")
     assert probabilities_BA.shape == (len(videos), len(actions)), "one row a video, one column an action"
     ranking_BA = np.argsort(-probabilities_BA, axis=1, kind="stable")
     return [

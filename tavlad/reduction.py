@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tavlad.errors import UserError
-
 Node = tuple[int, int]
 _ELEMENTS_AT_ONCE = 4_000_000
 """Of each rank's sums: what is exchanged in one piece."""
@@ -43,7 +41,7 @@ class TreeSum:
     def __init__(self, parameters: list[nn.Parameter], rank: int, size: int, num_parts: int) -> None:
         """Every rank has `num_parts` // `size` virtual ranks, or one more."""
         if size > num_parts:
-            raise UserError(
+            raise ValueError(
                 f"{size} workers for resources.virtual_ranks = {num_parts}: a worker needs at least one virtual rank"
             )
         self._parameters = parameters

@@ -17,7 +17,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from tavlad.errors import UserError
 from tavlad.promotion import CONTENDER, contend, is_to_contend
 from tavlad.registry_queries import (
     ACCURACY_TAG,
@@ -87,7 +86,7 @@ def register(
     answer or refuses.
     """
     if not 0 <= accuracy <= 1:
-        raise UserError(f"accuracy is {accuracy}: it must be a share from 0 to 1")
+        raise ValueError(f"accuracy is {accuracy}: it must be a share from 0 to 1")
     with said_clearly(tracking_uri):
         client = MlflowClient(tracking_uri)
         digest = digest_of(model_directory)

@@ -52,7 +52,7 @@ class RunSpec:
     def __post_init__(self) -> None:
         identity = self.tags.get(RUN_TAG, "")
         if not identity or "'" in identity:
-            raise UserError(f"tag {RUN_TAG} is {identity!r}; it must say which run this is, without quotes")
+            raise ValueError(f"tag {RUN_TAG} is {identity!r}; it must say which run this is, without quotes")
 
     def to_record(self) -> Record:
         """The description as JSON can hold it, without credentials."""

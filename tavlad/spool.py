@@ -46,7 +46,7 @@ class SpoolError(UserError):
 def check_name(kind: str, name: str) -> str:
     """Return `name`; ValueError when MLflow would refuse it as the name of a `kind` (metric, parameter, tag)."""
     if not _ALLOWED_NAME.fullmatch(name) or name.startswith(("/", ".")) or ".." in name or "//" in name:
-        raise UserError(
+        raise ValueError(
             f"{kind} name {name!r} is not one MLflow takes: use letters, digits and _ - . / only, at most 250 of them"
         )
     return name

@@ -130,7 +130,7 @@ def _decode(data: bytes, source: str, is_safetensors: bool) -> Mapping[str, Tens
             content = safetensors.torch.load(data)
         else:
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f'weights = "{source}" is not a file of plain tensors: {reason}') from error
     entries = cast("dict[str, object]", content) if isinstance(content, dict) else {}

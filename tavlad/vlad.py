@@ -67,7 +67,7 @@ class Vlad(nn.Module):
     def initialise(self, centres_KD: Float[Tensor, "K D"], alpha: float) -> None:
         """`W_k = 2 alpha c_k`, `B_k = -alpha |c_k|^2`: near-hard assignment to the nearest centre for a large alpha."""
         if centres_KD.shape != self.centres.shape:
-            raise UserError(
+            raise ValueError(
                 f"a codebook of {tuple(centres_KD.shape)} (clusters, descriptor size) does not fit a model of "
                 f"{tuple(self.centres.shape)}: make one for this configuration with `tavlad codebook`"
             )

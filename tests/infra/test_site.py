@@ -88,6 +88,7 @@ def test_an_unknown_key_names_the_nearest(lab: Path) -> None:
         (SITE.replace('"videos"', "3"), "must be a string"),
         (SITE.replace('"videos"', '"No Bucket"'), "no bucket name"),
         (SITE.replace("http://mlflow", "mlflow"), "mlflow of site .* must start with http"),
+        (SITE.replace("http://mlflow", "http://[mlflow"), "mlflow of site .* that is no address"),
         (SITE.replace('"head:6379"', '""'), "ray_address of site .* is empty"),
         ("bucket = ", "is not a TOML file"),
     ],

@@ -10,25 +10,29 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 
 from ray_jobs.http_app import Backend, Limits, Ranked, digest_of_token, make_app
+from tavlad.errors import UserError
 
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
 
 async def predict(video: bytes, top: int) -> list[Ranked]:
     """Waits as long as a video of digits says, refuses any other."""
+    if video == b"broken":
+        np.zeros(3).reshape(2, 2)
     if not video.isdigit():
-        raise ValueError(f"a video of {len(video)} bytes: holds no video stream")
+        raise UserError(f"a video of {len(video)} bytes: holds no video stream")
     await asyncio.sleep(int(video) / 1000)
     return [Ranked(rank=rank, action="wave", probability=0.5) for rank in range(1, top + 1)]
 
 
 def read(uri: str, max_bytes: int) -> bytes:
     if uri != "s3://tavlad/clip":
-        raise ValueError(f"{uri} does not exist")
+        raise UserError(f"{uri} does not exist")
     return b"1"
 
 
@@ -91,6 +95,7 @@ def test_a_file_and_an_object_are_answered(address: str) -> None:
         ({"video": b"no"}, 400, "a video of 2 bytes: holds no video stream"),
         ({"uri": b"s3://tavlad/absent"}, 400, "s3://tavlad/absent does not exist"),
         ({"video": b"1", "top": b"0"}, 422, "body.top: Input should be greater than or equal to 1"),
+        ({"video": b"broken"}, 500, "the service failed (ValueError): its log has the traceback"),
         ({"video": b"5000"}, 504, "no answer within 0.3 s"),
         ({"video": b"1" * 200_000}, 413, "the video is larger than 100000 bytes"),
     ],

@@ -84,6 +84,7 @@ def test_changes_are_typed_as_in_the_file(tmp_path: Path) -> None:
         ("stage1.lr", r"--set stage1\.lr: write it as table\.key=value"),
         ("stage1.lr.x=1", r"stage1\.lr\.x=1: lr is a value|unknown key|must be"),
         ("stage1.lr=fast", r"stage1\.lr = 'fast': must be of type float"),
+        ("training.seed=-1", r"training\.seed = -1: must be from 0 to 4294967295"),
         ("model.num_clusters=0", r"model\.num_clusters = 0: must be at least 1"),
     ],
 )

@@ -1,36 +1,46 @@
 """When a training that lost its workers is started again, and after how long."""
 
+import pickle
+
 import pytest
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.util import construct_user_exception_with_traceback
 
 from ray_jobs.cluster import lack_of_memory
-from ray_jobs.monitor import Leaving, Lost, Stopped, _Monitor
+from ray_jobs.monitor import Cause, GivenUp, Leaving, Lost, Stopped, _Monitor
 from ray_jobs.recipe import load_recipe
 from ray_jobs.restarts import cause_of, lacked_memory
+from shards.store import StoreUnreachable
+from tavlad.errors import UserError
+
+
+def _died(text: str) -> Cause:
+    return Cause(text=text)
 
 
 def test_restarts_wait_longer_each_time_and_end_without_a_new_checkpoint() -> None:
     monitor = _Monitor()
-    assert [monitor.lost("worker 1 died", 4, "stage1-epoch00001") for _ in range(5)] == [0, 5, 10, 20, None]
+    assert [monitor.lost(_died("worker 1 died"), 4, "stage1-epoch00001") for _ in range(5)] == [0, 5, 10, 20, None]
     *lost, error = monitor.read()
     assert [type(news) for news in lost] == [Lost] * 4
     assert isinstance(lost[1], Lost)
     assert lost[1].text == ("worker 1 died; starting again in 5 s (restart 2 of at most 4 without a new checkpoint)")
     assert isinstance(error, Stopped)
-    assert "worker 1 died; it was started again 4 times without reaching a new checkpoint" in error.text
-    assert monitor.error() == error.text
+    assert str(error.error).startswith("worker 1 died; it was started again 4 times without reaching a new checkpoint")
+    assert isinstance(error.error, UserError), "machines that die are the user's to look after"
+    assert monitor.error() is error.error
 
 
 def test_a_new_checkpoint_begins_the_count_anew() -> None:
     monitor = _Monitor()
-    assert monitor.lost("it died", 3, None) == 0
+    assert monitor.lost(_died("it died"), 3, None) == 0
     for epoch in range(1, 20):
         newest = f"stage1-epoch{epoch:05}"
-        assert [monitor.lost("it died", 3, newest), monitor.lost("it died", 3, newest)] == [0, 5]
-        assert monitor.lost("it died, and the store does not answer", 3, None) == 10
+        assert [monitor.lost(_died("it died"), 3, newest), monitor.lost(_died("it died"), 3, newest)] == [0, 5]
+        assert monitor.lost(_died("it died, and the store does not answer"), 3, None) == 10
 
 
 def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None:
@@ -38,17 +48,49 @@ def test_an_announced_end_is_started_again_at_once_any_number_of_times() -> None
     for _ in range(20):
         monitor.tell(Leaving(text="SIGTERM"))
         assert monitor.has_left()
-        assert monitor.lost("it left", 1, None) == 0
+        assert monitor.lost(_died("it left"), 1, None) == 0
         assert not monitor.has_left()
-    assert monitor.lost("it died", 0, None) is None
+    assert monitor.lost(_died("it died"), 0, None) is None
 
 
 def test_what_the_user_must_mend_is_never_tried_again() -> None:
     monitor = _Monitor()
-    monitor.tell(Stopped(text="lower stage1.lr"))
-    monitor.tell(Stopped(text="collateral"))
-    assert monitor.lost("it failed", 100, None) is None
-    assert monitor.error() == "lower stage1.lr", "the first cause"
+    first = UserError("lower stage1.lr")
+    monitor.tell(Stopped(error=first))
+    monitor.tell(Stopped(error=UserError("collateral")))
+    assert monitor.lost(_died("it failed"), 100, None) is None
+    assert monitor.error() is first
+
+
+def _failed_in_a_worker(error: Exception) -> WorkerGroupError:
+    """As Ray tells it, once it has travelled to the controller."""
+    try:
+        raise error
+    except Exception as raised:  # noqa: BLE001
+        failed = WorkerGroupError("1 failed", {0: construct_user_exception_with_traceback(raised)})
+    return pickle.loads(pickle.dumps(failed))
+
+
+def test_what_a_library_raises_is_tried_again_and_then_keeps_its_traceback() -> None:
+    cause = cause_of(_failed_in_a_worker(ValueError("Input contains NaN")))
+    assert cause.text == "worker 0 failed: ValueError: Input contains NaN"
+    monitor = _Monitor()
+    assert [monitor.lost(cause, 2, None) for _ in range(3)] == [0, 5, None]
+    error = monitor.error()
+    assert isinstance(error, GivenUp)
+    assert not isinstance(error, ValueError)
+    assert "worker 0 failed: ValueError: Input contains NaN; it was started again 2 times" in str(error)
+    assert "in _failed_in_a_worker" in str(error), "the traceback"
+
+
+def test_what_a_user_must_mend_after_many_tries_is_a_sentence_without_traceback() -> None:
+    cause = cause_of(_failed_in_a_worker(StoreUnreachable("S3 at 127.0.0.1:1 does not answer")))
+    monitor = _Monitor()
+    assert [monitor.lost(cause, 0, None)] == [None]
+    error = monitor.error()
+    assert isinstance(error, UserError)
+    assert "\n" not in str(error)
+    assert "S3 at 127.0.0.1:1 does not answer; it was started again" in str(error)
 
 
 _FULL, _DIED = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), ActorDiedError()
@@ -83,7 +125,7 @@ def test_what_ray_ended_for_memory_is_known_whenever_it_was(error: Exception, la
     ],
 )
 def test_the_cause_of_a_restart_is_one_sentence(error: Exception, cause: str) -> None:
-    assert cause_of(error) == cause
+    assert cause_of(error).text == cause
 
 
 @pytest.mark.parametrize(("text", "range_"), [("3", (3, 3)), ("2-8", (2, 8)), ("1 - 1", (1, 1))])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune import TuneError
 
 from infra.site import Site
 from ray_jobs import tune
@@ -21,6 +22,7 @@ from ray_jobs.sweep_progress import Progress
 from ray_jobs.sweep_search import known_configurations
 from ray_jobs.trial import TrialJob
 from shards.store import open_store
+from tavlad.errors import UserError
 
 EPOCHS, RUNG = 10, 2
 WIDTHS = tuple(range(1, 13))
@@ -62,6 +64,7 @@ class _Sweep:
         """Width and epoch of every row, in their order."""
         self.failing: set[int] = set()
         self.diverging: set[int] = set()
+        self.refused: set[int] = set()
         self.epochs_left = 9999
         """Before all is killed."""
         self.prepared = 0
@@ -103,8 +106,11 @@ class _Sweep:
             if not self.epochs_left:
                 raise _Killed
             if width in self.failing:
-                progress.fail(changes, "lost")
+                progress.fail(changes, TuneError("Traceback ...\nlost"))
                 return
+            if width in self.refused:
+                progress.refuse(changes, "clip a is not what was packed")
+                break
             if width in self.diverging and epoch == RUNG:
                 progress.diverge(changes, "its loss is nan")
                 break
@@ -134,6 +140,18 @@ def test_best_quarter_at_the_rung_is_trained_to_its_end(site: Site, monkeypatch:
     assert sum(epochs for _, epochs in HALVED.values()) <= 0.45 * EPOCHS * len(WIDTHS)
     order = [epoch for _, epoch in sweep.trained]
     assert max(order[: RUNG * len(WIDTHS)]) == RUNG, "nobody goes on before all are there"
+
+
+def test_sweep_whose_trials_all_fail_ends_as_the_first_one_did(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = _Sweep(site, monkeypatch)
+    sweep.refused = set(WIDTHS)
+    with pytest.raises(UserError, match="every trial failed, the first one with: clip a is not what was packed"):
+        sweep.go()
+    sweep.refused, sweep.failing = set(), set(WIDTHS)
+    with pytest.raises(RuntimeError, match=r"every trial failed, the first one with: Traceback .*\nlost"):
+        sweep.go()
+    sweep.failing = set()
+    assert _epochs(sweep.go()) == HALVED, "none of them was over"
 
 
 @pytest.mark.parametrize("killed_after", [5, 23, 24, 31, 52])

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.split_files import Listing, read_hmdb51, read_table_of_videos, read_ucf101
+from tavlad.errors import UserError
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -206,10 +207,11 @@ def test_column_split_is_split_1(tmp_path: Path) -> None:
         ("path,action,split\na,b\n", r"t\.csv:2: split is ''"),
         ("path,action,split,split2\na,b,train,test\n", r"t\.csv has a column 'split' and numbered ones: rename"),
         ("", r"t\.csv has no column 'path'"),
+        (f"path,action,split\na,{'b' * 200_000},train\n", r"t\.csv:2 is no line of a CSV table \(field larger than"),
     ],
 )
 def test_wrong_table_is_told_by_file_and_line(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_table_of_videos(write(tmp_path, {"t.csv": text}) / "t.csv")
 
 

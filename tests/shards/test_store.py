@@ -24,6 +24,7 @@ from shards.store import (
     arrow_filesystem,
     open_store,
 )
+from tavlad.errors import UserError
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -266,9 +267,9 @@ def test_s3_without_a_site_is_an_error() -> None:
         open_store("s3://tavlad/x")
 
 
-@pytest.mark.parametrize("uri", ["http://host/x", "s3://", "s3:///x", "s3://Big_Bucket/x", "file:///tmp/x"])
+@pytest.mark.parametrize("uri", ["http://host/x", "s3://", "s3:///x", "s3://Big_Bucket/x", "file:///tmp/x", "s3://[x"])
 def test_what_is_neither_bucket_nor_folder_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"s3://BUCKET/PREFIX"):
+    with pytest.raises(UserError, match=r"s3://BUCKET/PREFIX"):
         open_store(uri, S3Access(endpoint_url=None, access_key="a", secret_key="b"))
 
 
