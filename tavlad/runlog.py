@@ -106,7 +106,7 @@ class NullTracker:
 
 
 Deliver = Callable[[], bool]
-"""Delivers the next records of a spool; False when none are left, TrackingError when it must be tried again later."""
+"""Delivers the next records of a spool; False when none can be for now, TrackingError when that must be tried again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +201,8 @@ class SpooledLog:
         self._abandoned.set()
         left = self._spool.count_undelivered()
         if left:
-            _log.warning("%d records for MLflow wait in %s for the next process", left, self._spool.folder)
+            waiting = "%d records for MLflow wait in %s for the next process, or for `tavlad deliver`"
+            _log.warning(waiting, left, self._spool.folder)
         if not self._threads[-1].is_alive():
             self._spool.close()
         return left
@@ -232,9 +233,10 @@ class SpooledLog:
                 else:
                     self._closing.wait(seconds_to_next_try)
                 continue
-            if self._trouble is not None:
+            if self._trouble is not None and not self._spool.mark.postponed:
                 _log.warning("MLflow answers again, nothing was lost")
-            self._trouble, seconds_to_next_try = None, 0.0
+                self._trouble = None
+            seconds_to_next_try = 0.0
             if closing:
                 return
             self._wake.wait()

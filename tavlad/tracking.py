@@ -5,6 +5,10 @@ every failure that leaves open whether the server took a batch, the steps the se
 has are left out. So an epoch done again after a crash is not drawn twice either; its first value stays. Parameters,
 tags, artifacts and the end of a run come to the same when told twice.
 
+Artifacts wait until all else is told, and then have a few tries: an artifact store that fails behind a server that
+answers holds up no metric and no run's end. Those that are left wait for the next record that is no metric, the next
+process over the same spool, or `tavlad deliver`.
+
 System metrics are sampled with MLflow's own monitors but travel through the spool: MLflow's sampler stops for good at
 the first request that fails. Their step is seconds since the run began; the step of all others is epochs.
 """
@@ -34,6 +38,7 @@ from tavlad.spool import (
     MAX_PARAM_CHARACTERS,
     MAX_TAG_CHARACTERS,
     Line,
+    Mark,
     Record,
     Spool,
     split_long,
@@ -60,6 +65,8 @@ _SECONDS_FOR_AN_ANSWER = 15.0  # a busy server is not a dead one, and a refused 
 _MAX_POINTS_PER_REQUEST = 1000
 _MAX_ENTRIES_PER_REQUEST = 100
 _MAX_DIGEST_CHARACTERS = 36
+_MAX_FAILURES = 5  # of the artifact store, one after the other
+_ARTIFACTS = ("artifact", "text")
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
 """Error codes that stay the same however often a request is repeated."""
 
@@ -116,8 +123,10 @@ def create_run(
     require_answer(tracking_uri)
     client = MlflowClient(tracking_uri)
     try:
-        run_id = _find_or_create(client, spec)
+        run_id, texts = _find_or_create(client, spec)
         client.update_run(run_id, status="RUNNING")
+        for each in texts:
+            client.log_text(each["run_id"], each["text"], each["path"])
     except MlflowException as error:
         raise TrackingError(f"MLflow refused run {name!r} of experiment {experiment!r}: {_reason(error)}") from None
     return run_id
@@ -128,13 +137,19 @@ def deliver_spool(tracking_uri: str, spool: Path, timeout: float | int = 30) -> 
     holder = Spool(spool)
     courier = _Courier(tracking_uri, holder)
     deadline = time.monotonic() + timeout
+    trouble = TrackingError(f"the time is over, {timeout} s")
     try:
-        while holder.count_undelivered() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             try:
-                courier.deliver_next()
-            except TrackingError:
+                if not courier.deliver_next():
+                    break
+            except TrackingError as error:
+                trouble = error
                 time.sleep(0.5)
-        return holder.count_undelivered()
+        left = holder.count_undelivered()
+        if left:
+            _log.warning("%d records stay in %s: %s", left, spool, trouble)
+        return left
     finally:
         holder.close()
 
@@ -170,11 +185,16 @@ class _Courier:
         self._spool = spool
         self._steps_told: dict[tuple[str, str], set[int]] = {}
         self._starts: dict[str, int] = {}
+        self._failures = 0
+        """Of the artifact store, one after the other."""
 
     def deliver_next(self) -> bool:
-        """Deliver the next records; False when none are left. TrackingError when that must be tried again later."""
+        """Deliver the next records; False when none are left, or only artifacts that had their tries.
+
+        TrackingError when that must be tried again later.
+        """
         lines = self._spool.undelivered(max_lines=100)
-        if not lines and not self._spool.mark.postponed:
+        if not lines and not (self._spool.mark.postponed and self._failures < _MAX_FAILURES):
             return False
         require_answer(self._tracking_uri)
         try:
@@ -205,24 +225,27 @@ class _Courier:
     def _deliver_line(self, line: Line) -> None:
         mark = replace(self._spool.mark, offset=line.end)
         record = line.record
+        if record["kind"] != "metrics":  # of which there are many: the store has another try
+            self._failures = min(self._failures, _MAX_FAILURES - 1)
         try:
             if record["kind"] == "run":
                 mark = replace(mark, run_id=None)
-                mark = replace(mark, run_id=self._run_id_of(record["run"]))
+                mark = self._go_on_with(record["run"], mark)
             elif mark.run_id is None:
                 self._reject(record, "the run it belongs to was refused")
+            elif record["kind"] in _ARTIFACTS:
+                mark = self._postpone(mark, [{**record, "run_id": mark.run_id}])
             else:
                 self._send(mark.run_id, record)
         except MlflowException as error:
             if error.error_code not in _REFUSALS:
                 raise
             self._reject(record, _reason(error))
-        except Exception as error:
-            if record["kind"] not in ("artifact", "text"):
-                raise
-            _log.warning("an artifact is tried again later: %s", _reason(error))
-            mark = replace(mark, postponed=(*mark.postponed, {**record, "run_id": mark.run_id}))
         self._spool.set_mark(mark)
+
+    def _postpone(self, mark: Mark, records: list[Record]) -> Mark:
+        """The mark with these artifacts to be sent when no lines are left."""
+        return replace(mark, postponed=(*mark.postponed, *(each for each in records if each not in mark.postponed)))
 
     def _deliver_postponed(self) -> None:
         mark = self._spool.mark
@@ -230,8 +253,13 @@ class _Courier:
         try:
             self._send(record["run_id"], record)
         except Exception as error:
-            self._spool.set_mark(replace(mark, postponed=(*others, record)))
-            raise TrackingError(f"MLflow's artifact store failed: {_reason(error)}") from error
+            if not (isinstance(error, MlflowException) and error.error_code in _REFUSALS):
+                self._failures += 1
+                self._spool.set_mark(replace(mark, postponed=(*others, record)))
+                raise TrackingError(f"MLflow's artifact store failed: {_reason(error)}") from error
+            self._reject(record, _reason(error))
+        else:
+            self._failures = 0
         self._spool.set_mark(replace(mark, postponed=tuple(others)))
 
     def _reject(self, record: Record, reason: str) -> None:
@@ -289,11 +317,11 @@ class _Courier:
             self._client.log_artifact(run_id, str(copy), record["path"])
         self._spool.drop_copy(record["copy"])
 
-    def _run_id_of(self, run: str | Record) -> str:
-        """The id of a run that goes on."""
-        run_id = run if isinstance(run, str) else _find_or_create(self._client, RunSpec.from_record(run))
+    def _go_on_with(self, run: str | Record, mark: Mark) -> Mark:
+        """The mark with a run that goes on, found or created."""
+        run_id, texts = (run, []) if isinstance(run, str) else _find_or_create(self._client, RunSpec.from_record(run))
         self._client.update_run(run_id, status="RUNNING")
-        return run_id
+        return self._postpone(replace(mark, run_id=run_id), texts)
 
 
 def _leading_metrics(lines: list[Line]) -> list[Line]:
@@ -332,21 +360,26 @@ def require_answer(tracking_uri: str) -> None:
         raise TrackingError(f"MLflow at {without_user(tracking_uri)} answers with status {status}: {remedy}")
 
 
-def _find_or_create(client: MlflowClient, spec: RunSpec) -> str:
-    """The id of the run of this description. One thread at a time: two that find none would create two."""
+def _find_or_create(client: MlflowClient, spec: RunSpec) -> tuple[str, list[Record]]:
+    """The id of the run of this description, and the settings too long for MLflow, as texts that are yet to be sent.
+
+    One thread at a time: two that find none would create two.
+    """
     with _creating:
         return _find_or_create_alone(client, spec)
 
 
-def _find_or_create_alone(client: MlflowClient, spec: RunSpec) -> str:
+def _find_or_create_alone(client: MlflowClient, spec: RunSpec) -> tuple[str, list[Record]]:
     experiment_id = _experiment_id(client, spec.experiment)
     same_run = f"tags.`{RUN_TAG}` = '{spec.tags[RUN_TAG]}'"
     found = client.search_runs([experiment_id], same_run, max_results=1, order_by=["attributes.start_time ASC"])
     tags, long_tags = split_long("tags", without_credentials(spec.tags), MAX_TAG_CHARACTERS)
     params, long_params = split_long("params", without_credentials(spec.params), MAX_PARAM_CHARACTERS)
-    if spec.parent is not None:
-        parent = spec.parent
-        tags["mlflow.parentRunId"] = parent if isinstance(parent, str) else _find_or_create_alone(client, parent)
+    texts: list[Record] = []
+    if isinstance(spec.parent, RunSpec):
+        tags["mlflow.parentRunId"], texts = _find_or_create_alone(client, spec.parent)
+    elif spec.parent is not None:
+        tags["mlflow.parentRunId"] = spec.parent
     if found:
         run_id = found[0].info.run_id
     else:
@@ -354,8 +387,8 @@ def _find_or_create_alone(client: MlflowClient, spec: RunSpec) -> str:
     _log_tags(client, run_id, tags)
     _log_new_params(client, run_id, params)
     for path, text in (long_tags | long_params).items():
-        client.log_text(run_id, text, path)
-    return run_id
+        texts.append({"kind": "text", "run_id": run_id, "path": path, "text": text})
+    return run_id, texts
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:

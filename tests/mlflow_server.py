@@ -22,6 +22,8 @@ class MlflowServer:
     def __init__(self, folder: Path) -> None:
         self._port = free_port()
         self._folder = folder
+        self.artifacts = folder / "artifacts"
+        """Where it keeps artifacts, by experiment."""
         self._process: subprocess.Popen[bytes] | None = None
         self._ender: subprocess.Popen[bytes] | None = None
         self.uri = f"http://127.0.0.1:{self._port}"
@@ -30,7 +32,7 @@ class MlflowServer:
         """Start the server and wait until it answers."""
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--serve-artifacts", "--artifacts-destination", str(self._folder / "artifacts")]
+        command += ["--workers", "1", "--serve-artifacts", "--artifacts-destination", str(self.artifacts)]
         command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(

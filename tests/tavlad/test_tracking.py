@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import time
 import uuid
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-import tavlad.tracking as tracking
 from tavlad.runlog import RUN_TAG, NullTracker, RunSpec, TrackingError
 from tavlad.spool import Spool, SpoolError
 from tavlad.tracking import Tracker, create_run, deliver_spool
@@ -323,29 +323,89 @@ def test_system_metrics_reach_the_run(mlflow_server: MlflowServer, experiment: s
     assert 0 <= steps[0] < steps[1] < 60
 
 
+@pytest.fixture
+def broken_store(
+    mlflow_server: MlflowServer, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> Generator[Callable[[], None]]:
+    """The server answers uploads of this experiment with status 500, until this is called."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # as the verbs set it
+    experiment_id = MlflowClient(mlflow_server.uri).create_experiment(experiment)
+    in_the_way = mlflow_server.artifacts / experiment_id
+    in_the_way.parent.mkdir(exist_ok=True)
+    in_the_way.write_text("a file where a folder is to be")
+    yield lambda: in_the_way.unlink(missing_ok=True)
+    if in_the_way.is_file():
+        in_the_way.unlink()
+
+
+def artifacts_of(server: MlflowServer, run_id: str, folder: str = "") -> list[str]:
+    return sorted(file.path for file in MlflowClient(server.uri).list_artifacts(run_id, folder))
+
+
 def test_an_artifact_store_that_fails_holds_up_only_artifacts(
+    mlflow_server: MlflowServer,
+    experiment: str,
+    broken_store: Callable[[], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spool, picture = tmp_path / "spool", tmp_path / "a.png"
+    picture.write_bytes(b"png")
+    run_id = start(mlflow_server, experiment)
+    tracker = Tracker(mlflow_server.uri, run_id, spool)
+    tracker.log_params({"recipe": "x" * 7000})
+    tracker.log_artifact(picture)
+    for epoch in range(3):
+        tracker.log_metrics({"train/loss": float(epoch)}, epoch)
+    tracker.finish()
+    assert tracker.close(120) == 2, "tried for ever"
+    assert points(mlflow_server, run_id, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert MlflowClient(mlflow_server.uri).get_run(run_id).info.status == "FINISHED"
+    assert "2 records for MLflow wait in" in caplog.text
+    assert "answers again" not in caplog.text
+    caplog.clear()
+    assert deliver_spool(mlflow_server.uri, spool, 120) == 2
+    assert "artifact store failed" in caplog.text
+    broken_store()
+    assert deliver_spool(mlflow_server.uri, spool) == 0
+    assert artifacts_of(mlflow_server, run_id) == ["a.png", "params"]
+    assert not list((spool / "files").iterdir())
+
+
+def test_a_run_is_created_although_the_store_cannot_take_its_long_settings(
+    mlflow_server: MlflowServer, experiment: str, broken_store: Callable[[], None], tmp_path: Path
+) -> None:
+    train = RunSpec(experiment=experiment, name="train", tags={RUN_TAG: "a"}, params={"recipe": "x" * 7000})
+    stage = RunSpec(experiment=experiment, name="stage1", tags={RUN_TAG: "a/1"}, params=train.params, parent=train)
+    for _ in range(2):  # a run that goes on tells its settings again
+        tracker = Tracker(mlflow_server.uri, stage, tmp_path)
+        tracker.log_metrics({"train/loss": 1.0}, 0)
+        run_id = tracker.run_id(120)
+        assert tracker.close(120) == 2
+    assert points(mlflow_server, run_id, "train/loss") == [(0, 1.0)]
+    broken_store()
+    tracker = Tracker(mlflow_server.uri, stage, tmp_path)  # the next process delivers what the last one could not
+    assert tracker.close() == 0
+    parent_id = MlflowClient(mlflow_server.uri).get_run(run_id).data.tags["mlflow.parentRunId"]
+    for each in (run_id, parent_id):
+        assert artifacts_of(mlflow_server, each, "params") == ["params/recipe.txt"]
+
+
+def test_one_artifact_that_cannot_be_sent_holds_up_no_other(
     mlflow_server: MlflowServer, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run_id = start(mlflow_server, experiment)
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"png")
-
-    def fail(*_: object) -> None:
-        raise ConnectionError("no space left")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(tracking.MlflowClient, "log_artifact", fail)
-        tracker = Tracker(mlflow_server.uri, run_id, tmp_path / "spool")
+    experiment_id = MlflowClient(mlflow_server.uri).get_run(run_id).info.experiment_id
+    folder = mlflow_server.artifacts / experiment_id / run_id / "artifacts"
+    (folder / "0.png").mkdir(parents=True)  # in the way of the first one
+    tracker = Tracker(mlflow_server.uri, run_id, tmp_path / "spool")
+    for number in range(12):
+        picture = tmp_path / f"{number}.png"
+        picture.write_bytes(b"png")
         tracker.log_artifact(picture)
-        tracker.log_metrics({"train/loss": 1.0}, 0)
-        assert tracker.close(3) == 1
-    assert points(mlflow_server, run_id, "train/loss") == [(0, 1.0)]
-    for _ in range(100):
-        if not any(thread.is_alive() for thread in tracker._threads):
-            break
-        time.sleep(0.1)
-    assert deliver_spool(mlflow_server.uri, tmp_path / "spool") == 0
-    assert [file.path for file in MlflowClient(mlflow_server.uri).list_artifacts(run_id)] == ["a.png"]
+    assert tracker.close(120) == 1
+    assert sum(path.is_file() for path in folder.iterdir()) == 11
 
 
 def test_the_tracker_that_is_off_takes_everything(tmp_path: Path) -> None:
