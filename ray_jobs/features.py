@@ -58,6 +58,7 @@ def fill_features(
     site: Site, recipe: Recipe, split: int, num_views: int | None, console: Console, stage: StageConfig
 ) -> Filled:
     """Fill the feature set of the recipe's data set, trunk and stage with what `split` needs; what is there is kept."""
+    recipe.require_named_features(stage)
     num_views = num_views or recipe.training.num_views
     _, index = open_set(site, recipe.dataset, recipe)
     connect(site, console.say)
@@ -90,6 +91,8 @@ def fill_features(
 def may_use_features(recipe: Recipe, stage: StageConfig, model: TaVlad) -> bool:
     """Whether it is a question at all. A recipe that insists on what cannot be is refused by `feature_set`."""
     if stage.features == "never" or recipe.training.views != "corner-scale" or model.trunk.joins_frames:
+        return False
+    if not recipe.names_features(stage):
         return False
     return stage.features == "always" or stage.feature_kind == "last" or model.trunk.has_early_map
 

@@ -127,6 +127,21 @@ class Recipe:
                 raise UserError(
                     f'{name}.features = "always" needs a trunk of frames: of "conv3d" nothing is stored; choose "never"'
                 )
+            if stage.features == "always":
+                self.require_named_features(stage)
+
+    def names_features(self, stage: StageConfig) -> bool:
+        """Whether what the stage does not train is still what training began with, whose weights name the features."""
+        trained_before = stage == self.stage2 and self.stage1.epochs > 0 and self.stage1.feature_kind == "early"
+        return not (trained_before and stage.feature_kind == "last")
+
+    def require_named_features(self, stage: StageConfig) -> None:
+        """UserError for a stage that has none."""
+        if not self.names_features(stage):
+            raise UserError(
+                "stage2: features are named by the weights that training began with, and stage 1 trains the trunk "
+                '(stage1.trunk or stage1.fc), whose last maps are others then: set stage2.features = "never"'
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, such as "stage1.lr"."""

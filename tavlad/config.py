@@ -270,7 +270,8 @@ class StageConfig:
     """Whether the assignment and the centres learn."""
     features: Literal["auto", "always", "never"] = "never"
     """Whether the stage learns from stored features instead of frames: the trunk's last maps while all of it is frozen,
-    else the maps below its last block. auto: where that is quicker and within the budget."""
+    else the maps below its last block. auto: where that is quicker and within the budget. No last maps are stored for a
+    stage 2 after a stage 1 that trained the trunk or its classifier."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, f"epochs = {self.epochs}: must not be negative")

@@ -6,7 +6,8 @@ from typing import Any, get_args
 import pytest
 
 from infra.site import Site
-from ray_jobs.features import feature_set, may_use_features
+from ray_jobs.console import Console
+from ray_jobs.features import feature_set, fill_features, may_use_features
 from ray_jobs.recipe import Recipe, change_recipe
 from shards.features import FeatureSet, require_same
 from shards.store import S3Access
@@ -103,6 +104,24 @@ def test_trunk_that_is_not_cut_has_no_features_for_a_stage_that_trains_it(packed
     video = {"trunk": "r3d_18", "attention": "none", "temporal": "conv3d"}
     with pytest.raises(ValueError, match=r'features of model\.trunk = "r3d_18" are not kept: it joins frames'):
         _set_of(packed, model=video)
+
+
+@pytest.mark.parametrize("trained", [{"trunk": "last-block"}, {"trunk": "last-block-without-downsample"}, {"fc": True}])
+def test_frozen_stage_after_one_that_trained_the_trunk_has_no_features(trained: dict[str, Any]) -> None:
+    """They would be named by the weights that training began with."""
+    frozen = {"trunk": "frozen", "fc": False, "vlad": False}
+    with pytest.raises(ValueError, match=r'stage2: .* stage 1 trains the trunk .* set stage2\.features = "never"'):
+        change_recipe(RECIPE, {"stage1": trained, "stage2": frozen | {"features": "always"}})
+    recipe = change_recipe(RECIPE, {"stage1": trained | {"features": "auto"}, "stage2": frozen | {"features": "auto"}})
+    model = TaVlad(recipe.model, 3)
+    assert not may_use_features(recipe, recipe.stage2, model)
+    with pytest.raises(ValueError, match="stage 1 trains the trunk"):
+        fill_features(SITE, recipe, 1, None, Console(), recipe.stage2)
+    assert may_use_features(recipe, recipe.stage1, model), "of what is below the last block"
+    below = change_recipe(recipe, {"stage2": {"fc": True}})
+    assert may_use_features(below, below.stage2, model)
+    untouched = change_recipe(recipe, {"stage1": {"epochs": 0}})
+    assert may_use_features(untouched, untouched.stage2, model)
 
 
 def test_kind_is_what_the_stage_does_not_train() -> None:
