@@ -153,7 +153,7 @@ def _fingerprint(recipe: Recipe, split: int, index: Index, provenance: str, *, o
         "frames": recipe.codebook.frames,
         "frames_per_video": recipe.codebook.frames_per_video,
         "crop": recipe.training.crop,
-        "precision": recipe.training.precision,
+        "precision": recipe.trunk_precision,
         "seed": recipe.training.seed,
         **recipe.model.trunk_facts,
     }

@@ -18,6 +18,7 @@ from tavlad.clip import FeatureBatch, Features, PooledBatch
 from tavlad.config import StageConfig
 from tavlad.errors import UserError
 from tavlad.model import TaVlad
+from tavlad.precision import exact_float32
 
 
 class Item(NamedTuple):
@@ -176,7 +177,8 @@ class PooledBatches:
         activation_1THW = None if entry.activation_THW is None else torch.from_numpy(entry.activation_THW)[None]
         features = Features(torch.from_numpy(entry.map_TDHW)[None], activation_1THW)
         device = self._model.classifier.weight.device
-        return self._model.pool(features.to(device))[0].cpu()
+        with exact_float32():
+            return self._model.pool(features.to(device))[0].cpu()
 
 
 def pooled_if_possible(batches: FeatureBatches, model: TaVlad, stage: StageConfig) -> FeatureBatches | PooledBatches:

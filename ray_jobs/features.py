@@ -123,7 +123,7 @@ def feature_set(
         # Random weights are a function of the seed.
         "weights": provenance if recipe.model.weights != "none" else f"{provenance} seed {training.seed}",
         "map": EARLY_MAP if kind == "early" else model.described_map,
-        "precision": training.precision,
+        "precision": recipe.trunk_precision,
         "dtype": recipe.features.dtype,
         "crop": training.crop,
         "views": f"{len(VIEWS)} of 4 scales, 5 places, 2 flips",

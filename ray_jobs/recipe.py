@@ -130,6 +130,13 @@ class Recipe:
             if stage.features == "always":
                 self.require_named_features(stage)
 
+    @property
+    def trunk_precision(self) -> str:
+        """What names of features and codebooks say: `training.precision`, but for a GPU's float32, of which there are
+        some under that name that were computed in TF32."""
+        precision = self.training.precision
+        return "float32 without TF32" if precision == "float32" and self.resources.gpus_per_worker else precision
+
     def names_features(self, stage: StageConfig) -> bool:
         """Whether what the stage does not train is still what training began with, whose weights name the features."""
         trained_before = stage == self.stage2 and self.stage1.epochs > 0 and self.stage1.feature_kind == "early"

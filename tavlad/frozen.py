@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from tavlad.backbone import TrunkMaps, TrunkNetwork
 from tavlad.compiled import compiled
+from tavlad.precision import exact_float32
 
 _FRAMES_PER_GPU_PASS = 256
 _SAMPLE_SIDE = 96  # of the image that shows how a trunk's modules are joined; Inception takes none below 75
@@ -182,7 +183,7 @@ def _proved_the_same(trunk: TrunkNetwork) -> Generator[Tensor]:
     frames = [_SAMPLE_FRAMES] if trunk.joins_frames else []
     noise = torch.randn(1, 3, *frames, _SAMPLE_SIDE, _SAMPLE_SIDE, generator=torch.Generator().manual_seed(0))
     images_BCHW = noise.to(parameter).contiguous(memory_format=_channels_last(trunk))
-    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+    with exact_float32(), torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
         expected = trunk.maps(images_BCHW)
         yield images_BCHW
         found = trunk.maps(images_BCHW)

@@ -1,6 +1,7 @@
 """The world a training runs in: alone, or one of several ranks that share each batch."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tavlad.clip import Batch
+from tavlad.precision import exact_float32
 from tavlad.reduction import TreeSum, parts_of
 
 _CPU = torch.device("cpu")
@@ -110,8 +112,10 @@ def quick_precision(device_type: str) -> Literal["bf16", "float32"]:
     return "bf16" if has_bf16 else "float32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 autocast, or nothing for precision "float32"."""
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Generator[None]:
+    """bf16 autocast, or none for precision "float32". What is in float32 either way is so on a GPU too."""
     if precision == "auto":
         precision = quick_precision(device.type)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    with exact_float32(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield

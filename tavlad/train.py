@@ -22,6 +22,7 @@ from tavlad.metrics import NotNumbers, Scores
 from tavlad.model import TaVlad
 from tavlad.optim import build_optimizer, choose_trained, learning_rate
 from tavlad.parallel import ALONE, World, autocast
+from tavlad.precision import exact_float32
 from tavlad.reduction import TreeSum
 
 
@@ -277,7 +278,8 @@ def _add_gradients(model: nn.Module, batch: Batch, training: TrainingConfig, wei
         logits_BA.float(), labels_B, reduction="none", label_smoothing=training.label_smoothing
     )
     loss_sum = losses_B.sum() * (num_clips > 0)
-    (loss_sum * weight).backward()
+    with exact_float32():
+        (loss_sum * weight).backward()
     sums.loss += loss_sum.item()
     sums.correct += int((logits_BA[:num_clips].argmax(dim=1) == labels_B[:num_clips]).sum())
     sums.clips += num_clips

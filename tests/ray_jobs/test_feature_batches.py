@@ -154,6 +154,21 @@ def test_features_that_expire_while_a_training_reads_them_are_computed_again(pac
             assert torch.equal(first.features.maps_BTDHW, second.features.maps_BTDHW)
 
 
+def test_features_and_pooled_clips_are_computed_without_tf32(packed: PackedSet, tmp_path: Any) -> None:
+    model, seen = _model(temporal="sum", attention="none"), dict[str, str]()
+    assert model.vlad is not None
+    for name, module in {"trunk": model.trunk.get_submodule("conv1"), "vlad": model.vlad}.items():
+        module.register_forward_hook(
+            lambda *_, name=name: seen.update({name: torch.backends.cudnn.conv.fp32_precision}) or None
+        )
+    features = _features(tmp_path, "float32", "float32")
+    batches = FeatureBatches(_loader(packed, "train", num_views=1), features, 1, _extractor(model, features))
+    pooled = pooled_if_possible(batches, model, STAGE)
+    assert isinstance(pooled, PooledBatches)
+    assert len(list(pooled.epoch(0))) == 3
+    assert seen == {"trunk": "ieee", "vlad": "ieee"}
+
+
 def test_ranks_share_what_either_computed(packed: PackedSet, tmp_path: Any) -> None:
     features = _features(tmp_path, "float32", "float16")
     extract = _extractor(_model(), features)

@@ -77,6 +77,14 @@ def test_view_policy_data_set_and_trunk_are_among_what_is_compared(packed: Packe
         require_same({**facts, fact: "other"}, facts, "somewhere")
 
 
+def test_float32_of_a_gpu_is_not_what_was_computed_in_tf32(packed: PackedSet) -> None:
+    """Names of what processors computed stay: they are found again."""
+    on_gpu = {"resources": {"gpus_per_worker": 1.0}}
+    facts = [_set_of(packed, training={"precision": "float32"}, **changes).facts for changes in ({}, on_gpu)]
+    assert [each["precision"] for each in facts] == ["float32", "float32 without TF32"]
+    assert _set_of(packed, **on_gpu).facts == _set_of(packed).facts, "bf16 is bf16"
+
+
 def test_features_of_timms_trunks_are_not_those_that_lost_activations(packed: PackedSet) -> None:
     pytest.importorskip("timm")
     facts = dict(_set_of(packed, model={"trunk": "timm:resnet18"}).facts)
