@@ -31,7 +31,7 @@ from benchmarks.harness import Figures, machine_facts, write_results
 from ray_jobs.checkpoints import BackgroundWriter, Checkpoints
 from ray_jobs.recipe import ResourceConfig
 from shards.store import open_store
-from tavlad.checkpoint import ModelCard, TrainState, save_weights, weights_of
+from tavlad.checkpoint import ModelCard, TrainState, weights_of, write_checkpoint
 from tavlad.clip import ClipBatch
 from tavlad.config import ModelConfig, StageConfig, TrainingConfig
 from tavlad.model import TaVlad
@@ -166,7 +166,7 @@ def _keeper(job: Job, model: TaVlad, world: World) -> tuple[Callable[[TrainState
         def write() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 directory = Path(folder) / "checkpoint"
-                save_weights(directory, weights, card, state)
+                write_checkpoint(directory, weights, card, state)
                 checkpoints.save(f"step{state.next_step:06d}", directory)
 
         writer.submit(write)

@@ -29,7 +29,7 @@ from shards.patience import outlast
 from shards.read import ClipLoader, LoaderOptions
 from shards.scratch import scratch
 from shards.store import Store, StoreUnreachable
-from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, save_weights, weights_of
+from tavlad.checkpoint import ModelCard, TrainState, load_state, load_weights_into, weights_of, write_checkpoint
 from tavlad.errors import UserError
 from tavlad.metrics import Scores
 from tavlad.model import TaVlad
@@ -270,7 +270,7 @@ class _Trainer:
         def write() -> None:
             with scratch() as folder:
                 directory = folder / name
-                save_weights(directory, weights, self._card, state)
+                write_checkpoint(directory, weights, self._card, state)
                 (directory / HISTORY).write_text(history, encoding="utf-8")
                 if scores is not None:
                     (directory / SCORES).write_bytes(_scores_to_bytes(scores))

@@ -67,31 +67,61 @@ def weights_of(model: TaVlad) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(directory: Path, model: TaVlad, card: ModelCard, state: TrainState | None = None) -> None:
-    """Write a checkpoint directory whole or not at all; an older one of the same name is replaced."""
-    save_weights(directory, weights_of(model), card, state)
+    """Write a checkpoint directory that lasts, in place of an older one of the same name.
+
+    Whenever the process dies or the power fails, what the functions of this module load from `directory` is whole, and
+    is the one before or this one.
+    """
+    partial, replaced = directory.with_name(f"{directory.name}.partial-{os.getpid()}"), _replaced(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    write_checkpoint(partial, weights_of(model), card, state)
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a process that died below
+        directory.rename(replaced)
+    partial.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def save_weights(
+def write_checkpoint(
     directory: Path, weights: dict[str, torch.Tensor], card: ModelCard, state: TrainState | None = None
 ) -> None:
-    """`save_checkpoint` of weights that were copied before."""
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(weights, partial / WEIGHTS)
-    (partial / CARD).write_text(
+    """Write the files of a checkpoint to a new folder, from where they go elsewhere."""
+    directory.mkdir(parents=True)
+    save_file(weights, directory / WEIGHTS)
+    (directory / CARD).write_text(
         json.dumps(dataclasses.asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     if state is not None:
         values = {each.name: getattr(state, each.name) for each in dataclasses.fields(state)}
-        torch.save(values, partial / STATE)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+        torch.save(values, directory / STATE)
+
+
+def _replaced(directory: Path) -> Path:
+    """Where a checkpoint is while another one takes its place: no folder can be renamed onto one with files."""
+    return directory.with_name(f"{directory.name}.replaced")
+
+
+def _whole(directory: Path) -> Path:
+    """Where the checkpoint is now."""
+    replaced = _replaced(directory)
+    return replaced if not directory.exists() and replaced.exists() else directory
+
+
+def _sync(path: Path) -> None:
+    """What the file or folder holds is on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_card(directory: Path) -> ModelCard:
     """The card of a checkpoint directory. Raises ValueError if it is absent, damaged or of another format."""
-    path = directory / CARD
+    path = _whole(directory) / CARD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -122,7 +152,7 @@ def load_model(directory: Path) -> tuple[TaVlad, ModelCard]:
 
 def load_weights_into(model: TaVlad, directory: Path) -> None:
     """Fill the model from a checkpoint. Raises ValueError naming the first tensor that does not fit."""
-    path = directory / WEIGHTS
+    path = _whole(directory) / WEIGHTS
     try:
         weights = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
@@ -140,7 +170,7 @@ def load_weights_into(model: TaVlad, directory: Path) -> None:
 
 def load_state(directory: Path) -> TrainState:
     """What resuming needs, from a checkpoint directory that has it."""
-    path = directory / STATE
+    path = _whole(directory) / STATE
     try:
         values = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
