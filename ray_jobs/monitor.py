@@ -59,13 +59,22 @@ class EpochDone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """How busy a machine of the training is, while a stage is trained."""
+
+    stage: int
+    values: dict[str, float]
+    """Such as "node1/cpu_utilization_percentage"."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stopped:
     """The training ends: it is the user's to mend, or was tried often enough."""
 
     error: Exception
 
 
-News = Started | Said | Lost | Leaving | Stepped | EpochDone | Stopped
+News = Started | Said | Lost | Leaving | Stepped | EpochDone | Sampled | Stopped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

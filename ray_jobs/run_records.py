@@ -19,8 +19,6 @@ from tavlad.tracking import Tracker, comparison_url, deliver_spool, require_answ
 SECONDS_FOR_DELIVERY = 30.0
 """How long a verb waits at its end for what it told MLflow."""
 
-_SECONDS_BETWEEN_SYSTEM_METRICS = 10.0
-
 
 class RunRecords:
     """The MLflow runs of one training: a parent and one for each stage. Nothing here waits for the server."""
@@ -74,6 +72,10 @@ class RunRecords:
         before = self._plan.recipe.stage1.epochs if row["stage"] == 2 else 0
         self.parent.log_metrics(metrics, step=before + row["epoch"])
 
+    def log_system(self, stage: int, values: dict[str, float]) -> None:
+        """How busy a machine is that trains this stage."""
+        self._stage(stage).log_system(values)
+
     def comparison_url(self) -> str:
         """The page that compares this set's trainings of the split."""
         tags = {"kind": self._spec.tags["kind"], "split": str(self._plan.split)}
@@ -96,12 +98,7 @@ class RunRecords:
                 params={**self._spec.params, "stage": number},
                 parent=self._spec,
             )
-            self._stages[number] = Tracker(
-                self._site.mlflow_uri,
-                spec,
-                self._folder / f"stage{number}",
-                seconds_between_system_metrics=_SECONDS_BETWEEN_SYSTEM_METRICS,
-            )
+            self._stages[number] = Tracker(self._site.mlflow_uri, spec, self._folder / f"stage{number}")
             self._log_dataset(self._stages[number])
         return self._stages[number]
 

@@ -25,7 +25,7 @@ from infra.site import Site
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release, require_room
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
-from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Started, Stepped, Stopped
+from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Sampled, Started, Stepped, Stopped
 from ray_jobs.network import HostNetwork
 from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
@@ -195,6 +195,8 @@ class _Follower:
                 if "test/top1" in row:
                     shown.append(f"test {row['test/top1']:.1%}")
                 self._note = ", ".join(shown)
+            case Sampled(stage=stage, values=values):
+                self._records.log_system(stage, values)
             case Stopped(error=error):
                 self._console.say(f"  stopped: {str(error).partition(chr(10))[0]}")
 

@@ -23,6 +23,7 @@ from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_l
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, Stopped
 from ray_jobs.notice import Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
+from ray_jobs.sampling import Sampler
 from shards.features import FeatureSet
 from shards.index import Index
 from shards.patience import outlast
@@ -91,10 +92,13 @@ class _Trainer:
         self._codebook_uri = config.codebook_uri
         self._history: list[dict[str, Any]] = []
         self._writer = BackgroundWriter()
+        self._sampler: Sampler | None = None
 
     def close(self) -> None:
-        """Every checkpoint written."""
+        """Every checkpoint written, every sample told."""
         self._writer.close()
+        if self._sampler is not None:
+            self._sampler.close()
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
@@ -106,9 +110,14 @@ class _Trainer:
         train = self._loader(index, store, loading, training=True)
         test = self._loader(index, store, loading, training=False)
         stages = [each for each in self._plan.stages if resume is None or each[0] >= resume.stage]
+        context = ray.train.get_context()
+        if context.get_local_rank() == 0:
+            self._sampler = Sampler(self._monitor, context.get_node_rank(), stages[0][0])
         # All decided before anything long begins: what does not fit is refused now.
         batches = {number: self._batches(model, index, number, train, test) for number, _ in stages}
         for number, stage in stages:
+            if self._sampler is not None:
+                self._sampler.stage = number
             plan = StagePlan(number=number, stage=stage, training=self._recipe.training)
             listeners = Listeners(
                 on_epoch=lambda report: self._end_epoch(model, report),

@@ -109,24 +109,10 @@ Deliver = Callable[[], bool]
 """Delivers the next records of a spool; False when none can be for now, TrackingError when that must be tried again."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """Metrics of the machine, taken while a run goes on."""
-
-    seconds_between: float | int
-    sample: Callable[[], Mapping[str, float]]
-
-
 class SpooledLog:
     """A run's log that goes to a spool at once, and from there to a courier on a thread of its own."""
 
-    def __init__(
-        self,
-        run: str | RunSpec,
-        spool: Path,
-        make_courier: Callable[[Spool], Deliver],
-        sampling: Sampling | None = None,
-    ) -> None:
+    def __init__(self, run: str | RunSpec, spool: Path, make_courier: Callable[[Spool], Deliver]) -> None:
         """Continue the run `run`; what an earlier process left in the folder `spool` is delivered first.
 
         SpoolError when another process holds the folder.
@@ -135,21 +121,21 @@ class SpooledLog:
         self._begins_at = self._spool.append({"kind": "run", "run": run if isinstance(run, str) else run.to_record()})
         self._trouble: TrackingError | None = None
         self._wake = threading.Event()
-        self._sampling_ends = threading.Event()
         self._closing = threading.Event()
         self._abandoned = threading.Event()
-        self._threads: list[threading.Thread] = []
-        if sampling is not None:
-            self._threads.append(threading.Thread(target=self._sample, args=(sampling,), name="sampler", daemon=True))
         deliver_next = make_courier(self._spool)
-        self._threads.append(threading.Thread(target=self._deliver, args=(deliver_next,), name="courier", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._courier = threading.Thread(target=self._deliver, args=(deliver_next,), name="courier", daemon=True)
+        self._courier.start()
 
     def log_metrics(self, values: Mapping[str, float | int], step: int) -> None:
         """Points of curves at `step` (the epoch). A point told before, by name and step, is not told again."""
         points = {check_name("metric", name): float(value) for name, value in values.items()}
         self._tell({"kind": "metrics", "step": step, "time": _now(), "values": points})
+
+    def log_system(self, values: Mapping[str, float]) -> None:
+        """How busy machines are, now: MLflow draws it apart from the curves of training, over the seconds."""
+        points = {check_name("metric", f"system/{name}"): float(value) for name, value in values.items()}
+        self._tell({"kind": "metrics", "step": None, "time": _now(), "values": points}, durable=False)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Settings of the run, flat. One too long for MLflow becomes an artifact and a note that points to it."""
@@ -192,18 +178,15 @@ class SpooledLog:
     def close(self, timeout: float | int = 30) -> int:
         """Try to deliver what is left for at most `timeout` seconds; return how many records stay in the spool."""
         deadline = time.monotonic() + timeout
-        self._sampling_ends.set()
-        for sampler in self._threads[:-1]:
-            sampler.join()
         self._closing.set()
         self._wake.set()
-        self._threads[-1].join(timeout=max(0.0, deadline - time.monotonic()))
+        self._courier.join(timeout=max(0.0, deadline - time.monotonic()))
         self._abandoned.set()
         left = self._spool.count_undelivered()
         if left:
             waiting = "%d records for MLflow wait in %s for the next process, or for `tavlad deliver`"
             _log.warning(waiting, left, self._spool.folder)
-        if not self._threads[-1].is_alive():
+        if not self._courier.is_alive():
             self._spool.close()
         return left
 
@@ -241,11 +224,6 @@ class SpooledLog:
                 return
             self._wake.wait()
         self._spool.close()
-
-    def _sample(self, sampling: Sampling) -> None:
-        while not self._sampling_ends.wait(sampling.seconds_between):
-            points = {check_name("metric", name): float(value) for name, value in sampling.sample().items()}
-            self._tell({"kind": "metrics", "step": None, "time": _now(), "values": points}, durable=False)
 
 
 def _now() -> int:

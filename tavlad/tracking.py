@@ -9,8 +9,8 @@ Artifacts wait until all else is told, and then have a few tries: an artifact st
 answers holds up no metric and no run's end. Those that are left wait for the next record that is no metric, the next
 process over the same spool, or `tavlad deliver`.
 
-System metrics are sampled with MLflow's own monitors but travel through the spool: MLflow's sampler stops for good at
-the first request that fails. Their step is seconds since the run began; the step of all others is epochs.
+System metrics travel through the spool too: MLflow's sampler stops for good at the first request that fails. Their step
+is seconds since the run began; the step of all others is epochs.
 """
 
 import logging
@@ -25,15 +25,10 @@ from urllib.parse import quote, urlencode
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from tavlad.runlog import RUN_TAG, NullTracker, RunLog, RunSpec, Sampling, SpooledLog, Status, TrackingError
+from tavlad.runlog import RUN_TAG, NullTracker, RunLog, RunSpec, SpooledLog, Status, TrackingError
 from tavlad.spool import (
     MAX_PARAM_CHARACTERS,
     MAX_TAG_CHARACTERS,
@@ -74,26 +69,13 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 class Tracker(SpooledLog):
     """One run's metrics, parameters, tags and artifacts on their way to MLflow; every call returns at once."""
 
-    def __init__(
-        self,
-        tracking_uri: str,
-        run: str | RunSpec,
-        spool: Path,
-        *,
-        seconds_between_system_metrics: float | int = 0,
-        node: str | None = None,
-    ) -> None:
+    def __init__(self, tracking_uri: str, run: str | RunSpec, spool: Path) -> None:
         """Continue the run `run`; what an earlier process left in the folder `spool` is delivered first.
 
-        `seconds_between_system_metrics` > 0 samples this machine too, under `system/`, or `system/NODE/` for one of
-        several machines. SpoolError when another process holds the folder.
+        SpoolError when another process holds the folder.
         """
-        sampling = None
-        if seconds_between_system_metrics > 0:
-            machine = _Machine(prefix=f"system/{node}/" if node else "system/")
-            sampling = Sampling(seconds_between=seconds_between_system_metrics, sample=machine.sample)
         self._tracking_uri = tracking_uri
-        super().__init__(run, spool, lambda opened: _Courier(tracking_uri, opened).deliver_next, sampling)
+        super().__init__(run, spool, lambda opened: _Courier(tracking_uri, opened).deliver_next)
 
     def url(self, timeout: float | int = 30) -> str:
         """The run's page; the server's first page if it has not taken the run within `timeout` seconds."""
@@ -434,27 +416,6 @@ def _dataset_input(record: Record) -> DatasetInput:
         profile=f'{{"fingerprint": "{record["fingerprint"]}"}}',
     )
     return DatasetInput(dataset=dataset, tags=[InputTag("mlflow.data.context", record["context"])])
-
-
-class _Machine:
-    """This machine's load, by MLflow's own monitors."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        try:
-            self._monitors.append(GPUMonitor())
-        except (ImportError, RuntimeError) as error:  # no NVIDIA GPU here, or no package that can ask it
-            _log.info("no GPU metrics: %s", error)
-
-    def sample(self) -> dict[str, float]:
-        values: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            aggregated: dict[str, float] = monitor.aggregate_metrics() or {}
-            values.update({self._prefix + name: value for name, value in aggregated.items()})
-            monitor.clear_metrics()
-        return values
 
 
 def _reason(error: Exception) -> str:

@@ -39,11 +39,16 @@ while True:
 
 
 @contextmanager
-def second_raylet(site: Site, folder: Path, *, num_cpus: int, num_gpus: int = 0) -> Generator[Raylet]:
-    """Starts one with so many CPUs and GPUs, be they there or not; ended with the block."""
+def second_raylet(
+    site: Site, folder: Path, *, num_cpus: int, num_gpus: int = 0, address: str = "127.0.0.1"
+) -> Generator[Raylet]:
+    """Starts one with so many CPUs and GPUs, be they there or not; ended with the block.
+
+    Ray Train takes nodes of one address for one machine: 127.0.0.2 makes it another.
+    """
     settings = {
         "gcs_address": site.ray_address,
-        "node_ip_address": "127.0.0.1",
+        "node_ip_address": address,
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "object_store_memory": 100_000_000,

@@ -315,8 +315,10 @@ def test_a_spool_is_held_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_system_metrics_reach_the_run(mlflow_server: MlflowServer, experiment: str, tmp_path: Path) -> None:
     run_id = start(mlflow_server, experiment)
-    tracker = Tracker(mlflow_server.uri, run_id, tmp_path, seconds_between_system_metrics=1.1, node="node1")
-    time.sleep(2.5)
+    tracker = Tracker(mlflow_server.uri, run_id, tmp_path)
+    for percent in (12.5, 99.0):
+        tracker.log_system({"node1/cpu_utilization_percentage": percent})
+        time.sleep(1.1)
     assert tracker.close() == 0
     steps = [step for step, _ in points(mlflow_server, run_id, "system/node1/cpu_utilization_percentage")]
     assert len(steps) == 2
