@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from infra.site import Site
 from ray_jobs.cli_settings import BAD_VIDEO, console, site
 from tavlad.errors import UserError
 
@@ -23,7 +24,7 @@ def deliver() -> None:
 
     Example: `tavlad deliver`
     """
-    chosen = site(["s3", "mlflow"])
+    chosen = _mlflow()
     from ray_jobs.run_records import deliver_waiting
 
     left = deliver_waiting(chosen)
@@ -43,7 +44,7 @@ def models(
 
     Example: `tavlad models`
     """
-    tracking_uri = site(["s3", "mlflow"]).mlflow_uri
+    tracking_uri = _mlflow().mlflow_uri
     from tavlad.registry_queries import registered_models
 
     rows = registered_models(tracking_uri, name)
@@ -88,7 +89,7 @@ def promote(
 
     `tavlad promote --rollback tavlad-hmdb51-split1 --reason "8 fails on night videos"`
     """
-    tracking_uri = site(["s3", "mlflow"]).mlflow_uri
+    tracking_uri = _mlflow().mlflow_uri
     from tavlad.promotion import promote as make_best
     from tavlad.promotion import roll_back
 
@@ -108,7 +109,7 @@ def pull(
 
     Example: `tavlad pull tavlad-hmdb51-split1@best model/`, then `tavlad predict model/ clip.mp4`
     """
-    tracking_uri = site(["s3", "mlflow"]).mlflow_uri
+    tracking_uri = _mlflow().mlflow_uri
     from tavlad.pull import pull as fetch
 
     out = console()
@@ -163,7 +164,7 @@ def predict(
     options = PredictOptions(top=top, windows=windows, attention=attention, json_lines=json, parquet=parquet)
     found = find_videos(videos)
     # A directory needs no services.
-    tracking_uri = "" if Path(model).is_dir() else site(["s3", "mlflow"]).mlflow_uri
+    tracking_uri = "" if Path(model).is_dir() else _mlflow().mlflow_uri
     done = predict_videos(tracking_uri, model, found, options, out)
     _show(done.rows[:_TABLE_ROWS], windows is not None)
     if len(done.rows) > _TABLE_ROWS:
@@ -194,7 +195,7 @@ def export(
     Example: `tavlad export tavlad-hmdb51-split1@best model.onnx --to onnx --check clips/`
     """
     # A directory needs no services.
-    tracking_uri = "" if Path(model).is_dir() else site(["s3", "mlflow"]).mlflow_uri
+    tracking_uri = "" if Path(model).is_dir() else _mlflow().mlflow_uri
     from ray_jobs.export import export_model
 
     out = console()
@@ -236,6 +237,11 @@ def serve(
         host=host, port=port, replicas=replicas, max_megabytes=max_megabytes, seconds=seconds, token=token
     )
     serve_model(chosen, model, options, console())
+
+
+def _mlflow() -> Site:
+    """The site of a verb that asks only MLflow, which on the embedded site keeps its artifacts on S3."""
+    return site(["s3", "mlflow"], keys=False)
 
 
 def _require_serve() -> None:

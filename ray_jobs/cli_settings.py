@@ -32,14 +32,17 @@ def console() -> Console:
     return Console(json_output=Settings.json_output)
 
 
-def site(services: Collection[str] = ("s3", "mlflow", "ray")) -> Site:
+def site(services: Collection[str] = ("s3", "mlflow", "ray"), *, keys: bool = True) -> Site:
     """The chosen site; those of the embedded one's services that are needed are started if they are not running.
+
+    With `keys` off another site's S3 keys are left out: who only talks to MLflow needs none, since it reads its store
+    itself.
 
     To be called before any module that imports ray: Ray reads its authentication settings when it is imported.
     """
     hand_over()
     if Settings.site_name != "local":
-        chosen = load_site(Settings.site_name)
+        chosen = load_site(Settings.site_name, keys=keys)
     else:
         from infra.local import up as start
 

@@ -1,9 +1,13 @@
 """The MLflow runs of a training, as it goes on."""
 
 import colorsys
+import contextlib
 import hashlib
+import os
+import stat
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +16,7 @@ from infra.site import Site
 from ray_jobs.job_parcel import COMMIT_FILE
 from ray_jobs.plan import TrainingPlan
 from shards.index import Index
+from tavlad.errors import UserError
 from tavlad.runlog import RUN_TAG, RunSpec
 from tavlad.spool import Spool
 from tavlad.tracking import Tracker, comparison_url, deliver_spool, require_answer
@@ -129,8 +134,33 @@ def deliver_waiting(site: Site) -> dict[str, int]:
 
 
 def spools(site: Site) -> Path:
-    """Where this machine keeps what it still has to tell the site's MLflow."""
-    return (site.state or Path(tempfile.gettempdir(), "tavlad")) / "spool"
+    """Where this machine keeps what it still has to tell the site's MLflow, for this user alone.
+
+    UserError when somebody else has made that folder.
+    """
+    if site.state is not None:
+        return site.state / "spool"
+    temporary = Path(tempfile.gettempdir())
+    private = temporary / f"tavlad-spool-{os.getuid()}"
+    private.mkdir(mode=0o700, exist_ok=True)
+    made = private.lstat()
+    if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid():
+        raise UserError(f"{private} is not a folder of yours: have it removed, or set TMPDIR to a folder of your own")
+    private.chmod(0o700)
+    folder = private / Path(site.name).stem
+    folder.mkdir(exist_ok=True)
+    _move_in(temporary / "tavlad" / "spool", folder)
+    return folder
+
+
+def _move_in(former: Path, folder: Path) -> None:
+    """Take over what earlier code kept in one folder for all users and sites: this user's runs at rest."""
+    for run in former.iterdir() if former.is_dir() else []:
+        if run.lstat().st_uid != os.getuid() or any(Spool.is_held(each.parent) for each in run.glob("*/lines.jsonl")):
+            continue
+        place = folder / run.name
+        with contextlib.suppress(FileNotFoundError):  # another process was a moment earlier
+            run.rename(place.with_name(f"{run.name}.{time.time_ns()}") if place.exists() else place)
 
 
 def git_commit() -> str:

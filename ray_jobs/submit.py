@@ -27,6 +27,8 @@ from tavlad.errors import UserError
 _ATTEMPT = re.compile(r"(tavlad-[a-z]+-[0-9a-f]{12})-(\d+)")
 # Each sets its own level when it is imported, whatever its parents' is.
 _TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+# Ray's client tells an answer's status only in its message, where the job's id may hold these digits too.
+_NO_SUCH_JOB = re.compile(r"Request failed with status code 404: Job .* does not exist")
 _SECONDS_BETWEEN_TRIES = 2.0
 _TRIES = 30
 _FAILED = 1
@@ -196,6 +198,6 @@ def _errors(site: Site) -> Generator[None]:
         ) from error
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
-        if "404" in str(error) or "does not exist" in str(error):
+        if _NO_SUCH_JOB.match(str(error)):
             raise UserError(f"{place} knows no such job: `tavlad --site {site.name} jobs` lists them") from error
         raise UserError(f"{place} refused the request: {lines[-1] if lines else error}") from error

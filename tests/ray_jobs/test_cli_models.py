@@ -1,6 +1,9 @@
 """The verbs that use a model, as a user calls them, on real clips; a model's folder needs no services."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from tavlad.backbone import load_weights
 from tavlad.checkpoint import ModelCard, save_checkpoint
 from tavlad.config import ModelConfig
 from tavlad.model import TaVlad
+from tests.mlflow_server import MlflowServer
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,39 @@ def test_mistakes_end_as_one_sentence(
     error = said(capsys, "predict", model, *filled, code=2)["error"]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["models"], 0, '"models": ['),
+        (["promote", "absent/1", "--reason", "why not"], 2, "there is no registered model 'absent'"),
+        (["pull", "absent@best", "model"], 2, "there is no registered model 'absent'"),
+        (["predict", "absent@best", "{clips}"], 2, "there is no registered model 'absent'"),
+        (["export", "absent@best", "model.onnx", "--to", "onnx"], 2, "there is no registered model 'absent'"),
+        (["deliver"], 0, '"waiting": {}'),
+    ],
+)
+def test_verbs_that_ask_only_mlflow_need_no_s3_keys(
+    mlflow_server: MlflowServer, clips: Path, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    lab = tmp_path / "lab.toml"
+    lab.write_text(
+        'ray_address = "head:6379"\nray_dashboard = "http://head:8265"\nbucket = "lab"\n'
+        f's3_endpoint = "http://127.0.0.1:9"\nmlflow = "{mlflow_server.uri}"\n'
+    )
+    keys = ("TAVLAD_S3_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "TAVLAD_S3_SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
+    environment = {name: value for name, value in os.environ.items() if name not in keys}
+    command = [sys.executable, "-m", "ray_jobs.cli", "--site", str(lab), "--json"]
+    done = subprocess.run(
+        [*command, *(each.format(clips=clips) for each in arguments)],
+        env=environment | {"TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
 
 
 def test_lengths_of_time_are_read_with_their_units() -> None:

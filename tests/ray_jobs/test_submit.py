@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 
 from infra.site import Site
 from ray_jobs.job_parcel import fill_working_folder, make_parcel
+from ray_jobs.submit import stop
+from shards.store import S3Access
 from tests.fixtures_verbs import SHORT, tavlad
 
 RECIPE = 'dataset = "mine"\n[stage1]\nepochs = 3\n'
@@ -155,6 +159,36 @@ def test_sweep_travels_with_its_space_and_its_pace_is_not_its_name(tmp_path: Pat
     assert sweep.inputs["inputs/space/space.toml"] == space
     assert parcel(2, "0.1, 0.01", workers=2).name == sweep.name
     assert parcel(None, "0.1, 0.02").name != sweep.name
+
+
+class _Trouble(BaseHTTPRequestHandler):
+    """A jobs API that answers as Ray's does where it cannot reach a job's agent, and where there is no such job."""
+
+    def do_GET(self) -> None:
+        job = self.path.rpartition("/")[2]
+        known, refused, unknown = {"ray_version": "2.60.0"}, f"No agent for {job}", f"Job {job} does not exist"
+        code, said = {"version": (200, json.dumps(known)), JOB: (500, refused)}.get(job, (404, unknown))
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(said.encode())
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+JOB = "tavlad-train-404404404404-1"
+
+
+def test_a_job_is_unknown_by_the_status_and_not_by_the_digits_of_its_id() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Trouble) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        access = S3Access(endpoint_url=None, access_key="", secret_key="")
+        lab = Site(name="lab", ray_address="auto", ray_dashboard=address, s3=access, bucket="b", mlflow_uri="")
+        with pytest.raises(ValueError, match=r"refused the request: .*status code 500: No agent for"):
+            stop(lab, JOB)
+        with pytest.raises(ValueError, match="knows no such job"):
+            stop(lab, JOB.replace("404", "405"))
+        server.shutdown()
 
 
 @pytest.mark.slow
