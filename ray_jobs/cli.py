@@ -9,12 +9,13 @@ import typer
 
 from infra.site import default_site
 from ray_jobs import cli_jobs, cli_models
-from ray_jobs.cli_ending import Verbs, interruptible, tell
+from ray_jobs.cli_ending import Verbs, tell
 from ray_jobs.cli_settings import Settings
 from ray_jobs.cli_settings import console as _console
 from ray_jobs.cli_settings import hand_over as _hand_over
 from ray_jobs.cli_settings import require_local as _require_local
 from ray_jobs.cli_settings import site as _site
+from ray_jobs.interrupts import interruptible
 from tavlad.errors import UserError
 
 app = typer.Typer(

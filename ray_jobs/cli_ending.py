@@ -4,11 +4,8 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import signal
-import threading
 import traceback
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -35,24 +32,6 @@ class Verbs(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted from error
-
-
-@contextmanager
-def interruptible() -> Generator[None]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt: also where this process inherited that they are ignored."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may listen to signals
-        yield
-        return
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def tell(error: Exception, words: Sequence[str]) -> int:

@@ -102,6 +102,7 @@ class _Monitor:
         self._news: list[News] = []
         self._error: Exception | None = None
         self._is_leaving = False
+        self._is_stopping = False
         self._restarts = 0  # since the last new checkpoint
         self._newest: str | None = None
 
@@ -127,8 +128,14 @@ class _Monitor:
     def start_anew(self) -> None:
         self._is_leaving = False
 
+    def ask_to_stop(self) -> None:
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
     def lost(self, cause: Cause, max_restarts: int, newest: str | None) -> float | None:
-        if self._error is not None:
+        if self._error is not None or self._is_stopping:
             return None
         if newest is not None and newest != self._newest:
             self._newest, self._restarts = newest, 0
@@ -186,6 +193,14 @@ class Monitor:
     def start_anew(self) -> None:
         """New workers take over from those that left."""
         ray.get(self._handle.start_anew.remote())
+
+    def ask_to_stop(self) -> None:
+        """The user ends the training: workers leave after their next step, and none are started again."""
+        ray.get(self._handle.ask_to_stop.remote())
+
+    def is_stopping(self) -> bool:
+        """Whether that was asked."""
+        return ray.get(self._handle.is_stopping.remote())
 
     def lost(self, cause: Cause, plan: TrainingPlan) -> float | None:
         """The workers are gone: seconds to wait before new ones start, or None for never. After `Leaving` at once.

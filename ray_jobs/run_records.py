@@ -64,7 +64,7 @@ class RunRecords:
     ) -> None:
         for tracker in (*self._stages.values(), self.parent):
             if kind is not None:
-                tracker.finish("FAILED")
+                tracker.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
             tracker.close(SECONDS_FOR_DELIVERY)
 
     def log_epoch(self, row: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from infra.site import Site
 from ray_jobs.console import Console
+from ray_jobs.interrupts import SECONDS_TO_STOP
 from ray_jobs.job_parcel import Parcel, fill_working_folder
 from ray_jobs.run_records import git_commit
 from shards.scratch import scratch
@@ -31,6 +32,9 @@ _TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtim
 _NO_SUCH_JOB = re.compile(r"Request failed with status code 404: Job .* does not exist")
 _SECONDS_BETWEEN_TRIES = 2.0
 _TRIES = 30
+_TRIES_TO_STOP = int(1.5 * SECONDS_TO_STOP / _SECONDS_BETWEEN_TRIES)
+_TIME_TO_STOP = {"RAY_JOB_STOP_WAIT_TIME_S": f"{SECONDS_TO_STOP:.0f}"}
+"""Ray's own 3 s are too few for a checkpoint."""
 _FAILED = 1
 _DETACHED = 130
 
@@ -70,7 +74,7 @@ def submit(site: Site, parcel: Parcel, console: Console, *, json_output: bool = 
                     entrypoint=parcel.command(site.name, json_output),
                     submission_id=job,
                     # No secret is in it: Ray shows it to whoever may see the job.
-                    runtime_env={"working_dir": folder, "env_vars": site.worker_environment()},
+                    runtime_env={"working_dir": folder, "env_vars": site.worker_environment() | _TIME_TO_STOP},
                     metadata={"verb": parcel.verb, "arguments": " ".join(parcel.arguments)},
                 )
             except RuntimeError as error:
@@ -130,11 +134,13 @@ def stop(site: Site, job: str) -> bool:
         was_running = not client.get_job_info(job).status.is_terminal()
         if was_running:
             client.stop_job(job)
-        for _ in range(_TRIES):
+        for _ in range(_TRIES_TO_STOP):
             if client.get_job_info(job).status.is_terminal():
                 return was_running
             time.sleep(_SECONDS_BETWEEN_TRIES)
-    raise UserError(f"{job} does not end after {_TRIES * _SECONDS_BETWEEN_TRIES:.0f} s: look at it in Ray's dashboard")
+    raise UserError(
+        f"{job} does not end after {_TRIES_TO_STOP * _SECONDS_BETWEEN_TRIES:.0f} s: look at it in Ray's dashboard"
+    )
 
 
 async def _tail(client: JobSubmissionClient, job: str, show: Callable[[str], None]) -> str:

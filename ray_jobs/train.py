@@ -13,7 +13,8 @@ if __name__ == "__main__":
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, cast
 
 import ray.train
@@ -25,6 +26,7 @@ from infra.site import Site
 from ray_jobs.cluster import NODE_OUT_OF_MEMORY, connect, placement_groups, release, require_room
 from ray_jobs.codebook import make_codebook
 from ray_jobs.console import Advance, Console
+from ray_jobs.interrupts import SECONDS_TO_LEAVE, asked_to_stop
 from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Sampled, Started, Stepped, Stopped
 from ray_jobs.network import HostNetwork
 from ray_jobs.notice import ListenForSigterm
@@ -86,15 +88,29 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
     monitor = Monitor.start()
     config = WorkerConfig(plan=plan, codebook_uri=codebook.uri, card=card, monitor=monitor)
     follower = _Follower(plan, records, console)
-    # Ray Train's fit blocks: it runs in a thread while this one shows what happens.
-    with ThreadPoolExecutor(1, thread_name_prefix="ray-train") as executor:
-        training = executor.submit(_fit, site, plan, config)
-        follower.follow(monitor, training)
+    with asked_to_stop() as asked:
+        training = _in_background(lambda: _fit(site, plan, config))
+        follower.follow(monitor, training, asked)
     error = monitor.error()
     monitor.stop()
     if error is not None:
         raise error
     training.result()
+
+
+def _in_background(work: Callable[[], None]) -> "Future[None]":
+    """Ray Train's fit blocks: it runs in a thread while the main one shows what happens, and hears of Ctrl-C."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001  handed on
+            done.set_exception(error)
+
+    # Of a daemon's kind, or the process would wait for a training that is stopped.
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    return done
 
 
 def _fit(site: Site, plan: TrainingPlan, config: WorkerConfig) -> None:
@@ -154,9 +170,11 @@ class _Follower:
         self._began = time.monotonic()
         self._lost_at: float | None = None
         self._last_step = (0, 0)
+        self._is_training = False
+        self._stopping_since: float | None = None
 
-    def follow(self, monitor: Monitor, training: "Future[Any]") -> None:
-        """Until the training ends and all its news is read."""
+    def follow(self, monitor: Monitor, training: "Future[Any]", asked: threading.Event) -> None:
+        """Until the training ends and all its news is read. KeyboardInterrupt once it is `asked` to stop and has."""
         done = threading.Event()
         training.add_done_callback(lambda _: done.set())
         bars: dict[int, tuple[Any, Advance]] = {}
@@ -165,11 +183,25 @@ class _Follower:
                 is_last_look = done.wait(_SECONDS_BETWEEN_LOOKS)
                 for news in monitor.read():
                     self._take(news, bars)
+                if asked.is_set():
+                    self._stop(monitor, is_over=is_last_look)
                 if is_last_look:
                     return
         finally:
             for bar, _ in bars.values():
                 bar.__exit__(None, None, None)
+
+    def _stop(self, monitor: Monitor, *, is_over: bool) -> None:
+        """Wait for the workers' checkpoint, if they have done a step, then raise KeyboardInterrupt."""
+        if self._stopping_since is None and self._is_training and not is_over:
+            self._stopping_since = time.monotonic()
+            monitor.ask_to_stop()
+            self._console.say("  stopping after this step, with a checkpoint; once more ends it at once")
+        elif self._stopping_since is None or is_over:
+            raise KeyboardInterrupt
+        elif time.monotonic() - self._stopping_since > SECONDS_TO_LEAVE:
+            self._console.say(f"  no checkpoint within {SECONDS_TO_LEAVE:.0f} s: the newest one stays")
+            raise KeyboardInterrupt
 
     def _take(self, news: News, bars: dict[int, tuple[Any, Advance]]) -> None:
         match news:
@@ -185,8 +217,10 @@ class _Follower:
                 self._console.say(f"  {text}")
             case Lost(text=text) | Leaving(text=text):
                 self._lost_at = time.monotonic()
+                self._is_training = False
                 self._console.say(f"  {text}")
             case Stepped(stage=stage, done=done, total=total):
+                self._is_training = True
                 self._tell_of_recovery(stage, done)
                 self._advance(bars, stage, done, total)
             case EpochDone(row=row):

@@ -21,7 +21,7 @@ from ray_jobs.feature_batches import FeatureBatches, pooled_if_possible
 from ray_jobs.features import Extractor, decide_once, feature_set, may_use_features
 from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_loading, memory_of
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, Stopped
-from ray_jobs.notice import Left, Notice
+from ray_jobs.notice import STOP, Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
 from ray_jobs.sampling import Sampler
 from shards.features import FeatureSet
@@ -86,7 +86,7 @@ class _Trainer:
         self._world = World.current(ray.train.torch.get_device(), virtual_ranks)
         if virtual_ranks and self._world.device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)  # some operators on GPUs have no such kind
-        self._notice = Notice(self._world)
+        self._notice = Notice(self._world, config.monitor.is_stopping)
         self._leaving: str | None = None
         self._last_checkpoint = config.plan.last_checkpoint
         self._codebook_uri = config.codebook_uri
@@ -252,7 +252,8 @@ class _Trainer:
             return
         if self._world.rank == 0:
             self._writer.wait()
-            self._monitor.tell_surely(Leaving(text=f"{self._leaving}: saved {name}, starting again"))
+            then = "" if self._leaving == STOP else ", starting again"
+            self._monitor.tell_surely(Leaving(text=f"{self._leaving}: saved {name}{then}"))
         self._world.sum(torch.zeros(1))
         raise Left(self._leaving)
 

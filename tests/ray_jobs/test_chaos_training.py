@@ -503,6 +503,55 @@ def test_a_worker_told_to_end_leaves_a_checkpoint_within_seconds(
     show("SIGTERM to a worker", seen, _repeated(training), f"{training.recoveries[0][0] - told:.1f} s", compared)
 
 
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_command_goes_on(
+    local_site: Site, ends_as_undisturbed: Callable[[Training], str], show: Show
+) -> None:
+    training = Training(24, "resources.checkpoint_steps=0")
+    _until_saved(local_site, training)
+    newest = _newest(local_site, training)
+    training.process.send_signal(signal.SIGINT)
+    told = time.monotonic()
+    training.ends_with(130, 120)
+    stopped = time.monotonic()
+    saved = _newest(local_site, training)
+    assert saved > newest
+    assert training.when(f"the training is being stopped: saved {saved}$") is not None, training.text
+    assert re.search(r"stopped; to go on, run: tavlad train demo --dataset chaos .*decay_every=124", training.text)
+    assert "Traceback" not in training.text
+    assert _status(local_site, training.name) == "KILLED"
+    _until(lambda: not _left_behind(local_site), 60)
+    again = Training(24, "resources.checkpoint_steps=0")
+    again.until(f"going on from checkpoint {saved}")
+    again.ends_well()
+    compared = ends_as_undisturbed(again)
+    seen = "said how to go on, run KILLED; the same command went on from there"
+    show("Ctrl-C", seen, "0", f"{stopped - told:.1f} s to stop", compared)
+
+
+def test_a_second_ctrl_c_ends_a_training_at_once(local_site: Site, chaos_set: None) -> None:
+    """The workers are held, so that no step ends and the first one is still waited for."""
+    training = Training(25)
+    _until_saved(local_site, training)
+    for each in _ray_processes(local_site, "RayTrainWorker"):
+        each.suspend()
+    training.process.send_signal(signal.SIGINT)
+    training.until("stopping after this step")
+    training.process.send_signal(signal.SIGINT)
+    training.ends_with(130, 50)
+    assert training.when("stopped; to go on, run: tavlad train") is not None, training.text
+    assert _status(local_site, training.name) == "KILLED"
+    _until(lambda: not _left_behind(local_site), 60)
+
+
+def _status(site: Site, name: str) -> str:
+    """MLflow's, of the training's run."""
+    client = MlflowClient(site.mlflow_uri)
+    experiment = client.get_experiment_by_name("tavlad/chaos")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`tavlad.run` = '{name}'")
+    return run.info.status
+
+
 def test_a_mistake_of_the_user_ends_the_training_at_once(chaos_set: None, show: Show) -> None:
     training = Training(7, "stage1.lr=1e30")
     training.process.wait(timeout=200)

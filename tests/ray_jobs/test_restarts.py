@@ -93,6 +93,14 @@ def test_what_a_user_must_mend_after_many_tries_is_a_sentence_without_traceback(
     assert "S3 at 127.0.0.1:1 does not answer; it was started again" in str(error)
 
 
+def test_a_training_that_the_user_stops_is_not_started_again() -> None:
+    monitor = _Monitor()
+    monitor.ask_to_stop()
+    monitor.tell(Leaving(text="saved stage1-epoch00001-step000002"))
+    assert monitor.lost(_died("it left"), 5, None) is None
+    assert monitor.error() is None, "nothing is wrong"
+
+
 _FULL, _DIED = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory."), ActorDiedError()
 
 
