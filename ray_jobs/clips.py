@@ -5,12 +5,15 @@ same reduction to the packed size, through a JPEG of the packed quality and back
 predicts for a file what it was measured to predict. The JPEG costs a thirtieth of the forward pass.
 """
 
+import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ from torch import Tensor
 from shards.clip_bytes import decode_jpeg, encode_jpeg
 from shards.motion import decode_motion, motion_of_frames
 from shards.transforms import crop_clip
-from shards.video import VideoError, decode_clip, decode_windows
+from shards.video import VideoError, decode_clip, decode_windows, never
 from tavlad.checkpoint import ModelCard
 from tavlad.clip import uniform_frame_indices
 from tavlad.errors import UserError
@@ -68,8 +71,11 @@ class UnusableVideo:
     reason: str
 
 
-def clip_of(source: Source, card: ModelCard) -> UInt8[Tensor, "T 3 crop crop"]:
-    """The frames a model sees of a video: what packing and evaluation would have made of it."""
+def clip_of(source: Source, card: ModelCard, given_up: Callable[[], bool] = never) -> UInt8[Tensor, "T 3 crop crop"]:
+    """The frames a model sees of a video: what packing and evaluation would have made of it.
+
+    VideoError when it cannot be used, and soon after `given_up` says that nobody waits for it any more.
+    """
     modality = card.model.modality
     if isinstance(source, np.ndarray):
         indices = uniform_frame_indices(len(source), card.num_frames)
@@ -78,8 +84,10 @@ def clip_of(source: Source, card: ModelCard) -> UInt8[Tensor, "T 3 crop crop"]:
         is_cropped = frames_TCHW.shape[-2:] == (card.crop, card.crop)
         return frames_TCHW if is_cropped else crop_clip(frames_TCHW, None, card.crop)
     if modality == "rgb":
-        return _as_packed(decode_clip(source, card.num_frames, card.short_side).frames_THWC, card)
-    return _as_packed(decode_motion(source, card.num_frames, card.short_side, modality).frames_THWC, card)
+        decoded = decode_clip(source, card.num_frames, card.short_side, given_up=given_up)
+    else:
+        decoded = decode_motion(source, card.num_frames, card.short_side, modality, given_up=given_up)
+    return _as_packed(decoded.frames_THWC, card)
 
 
 def clips_of(video: str, source: Source, card: ModelCard, windows: Windows | None) -> Iterator[SeenClip]:
@@ -117,6 +125,23 @@ def read_ahead(
                 opened.popleft()
             else:
                 yield clip
+
+
+class Decoders:
+    """Threads that decode videos and do nothing else; a request that is over, done or not, keeps none of them."""
+
+    def __init__(self, card: ModelCard, num_threads: int) -> None:
+        self._card = card
+        self._threads = ThreadPoolExecutor(num_threads, "decode")
+
+    async def clip_of(self, video: bytes) -> UInt8[Tensor, "T 3 crop crop"]:
+        """The frames that the model sees of a video; ValueError when it cannot be used."""
+        is_over = threading.Event()
+        work = partial(clip_of, video, self._card, given_up=is_over.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            is_over.set()
 
 
 class _Opened:

@@ -5,7 +5,6 @@ import ipaddress
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,11 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from starlette.types import ASGIApp
 
 from infra.site import Site, load_site
-from ray_jobs.clips import clip_of
+from ray_jobs.clips import Decoders
 from ray_jobs.cluster import connect, require_room
 from ray_jobs.console import Console
 from ray_jobs.http_app import Backend, Limits, Ranked, digest_of_token, make_app
-from ray_jobs.models import fetch_model
+from ray_jobs.models import fetch_model, pin_model
 from shards.scratch import scratch
 from shards.store import open_store
 from tavlad.errors import UserError
@@ -55,7 +54,10 @@ class ServeOptions:
 
 
 def serve_model(site: Site, model: str, options: ServeOptions, console: Console) -> None:
-    """Serve until this process is interrupted or terminated. ValueError when the cluster serves something already."""
+    """Serve until this process is interrupted or terminated: the version that `model` means now, on all replicas.
+
+    ValueError when the cluster serves something already.
+    """
     connect(site, console.say)
     require_room(site, {"CPU": options.replicas}, {"CPU": "--replicas"})
     if serve.status().proxies:
@@ -66,15 +68,15 @@ def serve_model(site: Site, model: str, options: ServeOptions, console: Console)
         token_digest=None if options.token is None else digest_of_token(options.token),
     )
     http = HTTPOptions(host=options.host, port=options.port, request_timeout_s=options.seconds + _SECONDS_OF_GRACE)
-    reference = str(Path(model).absolute()) if Path(model).is_dir() else model
-    console.heading(f"Serving {model}")
+    pinned = pin_model(site.mlflow_uri, model)  # an alias may move while replicas come and go
+    console.heading(f"Serving {pinned}")
     try:
         serve.start(ProxyLocation.HeadOnly, http)
-        replica = _deployment(options.replicas).bind(site.name, reference, limits)
+        replica = _deployment(options.replicas).bind(site.name, pinned, limits)
         serve.run(replica, name=_APP, route_prefix="/")
         address = f"http://{options.host}:{options.port}"
         console.say(f"  {address}/predict takes a video; {address}/openapi.json says how; Ctrl-C ends it")
-        console.result({"address": address, "model": model})
+        console.result({"address": address, "model": pinned})
         signal.signal(signal.SIGTERM, _interrupt)
         while True:
             time.sleep(1)
@@ -89,6 +91,7 @@ class Replica:
         self._site = load_site(site_name)
         with scratch() as folder:
             self._predictor = Predictor(fetch_model(self._site.mlflow_uri, model, folder / "model"))
+        self._decoders = Decoders(self._predictor.card, _MAX_BATCH)
         self._model = model
         self._limits = limits
 
@@ -99,7 +102,7 @@ class Replica:
         return make_app(backend, self._limits)
 
     async def _predict(self, video: bytes, top: int) -> list[Ranked]:
-        frames_TCHW = await asyncio.to_thread(clip_of, video, self._predictor.card)
+        frames_TCHW = await self._decoders.clip_of(video)
         probabilities_A: NDArray[np.float32] = await self._compute(frames_TCHW)
         rows = self._predictor.table(probabilities_A[None], ["video"], top)
         return [Ranked(rank=row.rank, action=row.action, probability=row.probability) for row in rows]

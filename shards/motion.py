@@ -9,7 +9,7 @@ difference   how much brighter a pixel is one, two and three frames later, in th
              sixty-third of the range of grey is 2 more or less.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 
 from shards.flow import dense_flow, opencv
-from shards.video import DecodedClip, decode_clip, decode_frames_at
+from shards.video import DecodedClip, decode_clip, decode_frames_at, never
 
 Motion = Literal["flow", "difference"]
 
@@ -28,16 +28,21 @@ _REST, _ENDS = 128, 127  # so that a mirrored flow is exactly representable: 1 t
 
 
 def decode_motion(
-    source: str | Path | bytes, num_frames: int, short_side: int | None, kind: Motion, suffix: str = ""
+    source: str | Path | bytes,
+    num_frames: int,
+    short_side: int | None,
+    kind: Motion,
+    suffix: str = "",
+    given_up: Callable[[], bool] = never,
 ) -> DecodedClip:
     """Like `decode_clip`, with the motion that begins at each chosen frame in its place.
 
     Where a video ends too early for it, motion begins as late as it can. Raises `VideoError` like `decode_clip`.
     """
-    clip = decode_clip(source, num_frames, short_side, suffix)
+    clip = decode_clip(source, num_frames, short_side, suffix, given_up)
     numbers_TS = frames_needed(clip.frame_indices, clip.num_source_frames, kind)
     numbers = sorted({number for numbers_S in numbers_TS for number in numbers_S})
-    frames = dict(zip(numbers, decode_frames_at(source, numbers, short_side, suffix), strict=True))
+    frames = dict(zip(numbers, decode_frames_at(source, numbers, short_side, suffix, given_up), strict=True))
     pictures = [motion_picture([frames[number] for number in numbers_S], kind) for numbers_S in numbers_TS]
     return DecodedClip(
         frames_THWC=np.stack(pictures),

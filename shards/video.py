@@ -2,7 +2,7 @@
 
 import io
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,27 +53,39 @@ class DecodedClip:
     height: int
 
 
-def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | None, suffix: str = "") -> DecodedClip:
+def never() -> bool:
+    """Nobody gives up."""
+    return False
+
+
+def decode_clip(
+    source: str | Path | bytes,
+    num_frames: int,
+    short_side: int | None,
+    suffix: str = "",
+    given_up: Callable[[], bool] = never,
+) -> DecodedClip:
     """Decodes `num_frames` frames, uniform over time, from a file or from its bytes.
 
     Frames are counted by decoding them all, in presentation order: containers are wrong (DivX files of HMDB51 claim one
     or two frames that do not exist). The short side becomes `short_side` pixels, or stays if it is shorter or None.
-    `suffix`, such as ".avi", helps to recognise a file of which only the bytes are known.
-    Raises `VideoError` for whatever is missing, empty, truncated, damaged, or no video.
+    `suffix`, such as ".avi", helps to recognise a file of which only the bytes are known. `given_up` is asked before
+    each packet whether the frames are wanted no more: decoding ends then.
+    Raises `VideoError` for whatever is missing, empty, truncated, damaged, no video, or given up.
     """
     _check_whole(source)
     # An upper bound on the frames, without decoding. It is off by at most two for nearly all videos, so one pass that
     # keeps the candidates of three counts is enough. Small ones are kept as decoded, and only the chosen are converted,
     # which costs more than decoding; of large ones only one count's are kept, converted and shrunk, for the memory.
-    reader = _Reader(source, suffix)
+    reader = _Reader(source, suffix, given_up)
     guess = max(1, sum(1 for _ in reader.packets()))
     is_small = 0 < 3 * num_frames * reader.num_pixels <= _UNCONVERTED_PIXELS
     guesses = range(max(1, guess - 2) if is_small else guess, guess + 1)
     wanted = {index for count in guesses for index in uniform_frame_indices(count, num_frames)}
-    found = _decode(_Reader(source, suffix), wanted, short_side, convert_late=is_small)
+    found = _decode(_Reader(source, suffix, given_up), wanted, short_side, convert_late=is_small)
     indices = uniform_frame_indices(found.num_frames, num_frames)
     if not found.frames.keys() >= set(indices):
-        found = _decode(_Reader(source, suffix), set(indices), short_side, convert_late=False)
+        found = _decode(_Reader(source, suffix, given_up), set(indices), short_side, convert_late=False)
     return DecodedClip(
         frames_THWC=_converted(found.frames, indices, short_side),
         frame_indices=tuple(indices),
@@ -85,13 +97,17 @@ def decode_clip(source: str | Path | bytes, num_frames: int, short_side: int | N
 
 
 def decode_frames_at(
-    source: str | Path | bytes, indices: Sequence[int], short_side: int | None, suffix: str = ""
+    source: str | Path | bytes,
+    indices: Sequence[int],
+    short_side: int | None,
+    suffix: str = "",
+    given_up: Callable[[], bool] = never,
 ) -> UInt8[np.ndarray, "T H W 3"]:
     """The decoded frames of these numbers (0-based, ascending), as `decode_clip` gives them; decodes no further.
 
     Raises `VideoError` like `decode_clip`, and for a video that ends before the last of them.
     """
-    reader = _Reader(source, suffix)
+    reader = _Reader(source, suffix, given_up)
     found = _decode(reader, set(indices), short_side, convert_late=False, last=indices[-1])
     if found.num_frames <= indices[-1]:
         raise VideoError(reader.name, f"has {found.num_frames} frames, too few for frame {indices[-1]}")
@@ -255,9 +271,10 @@ def _converted(
 class _Reader:
     """Packets and frames of a file's main video stream; every failure of the decoder becomes a `VideoError`."""
 
-    def __init__(self, source: str | Path | bytes, suffix: str) -> None:
+    def __init__(self, source: str | Path | bytes, suffix: str, given_up: Callable[[], bool] = never) -> None:
         self._source = source
         self._suffix = suffix
+        self._given_up = given_up
         self.name = _name_of(source)
         self.fps = 0.0
         self.num_pixels = 0
@@ -297,6 +314,8 @@ class _Reader:
                 self.num_pixels = stream.codec_context.width * stream.codec_context.height
                 stream.codec_context.thread_count = 1  # packing runs a process a core; and errors come in order
                 for packet in container.demux(stream):
+                    if self._given_up():
+                        raise VideoError(self.name, "was given up before it was decoded")
                     if packet.is_corrupt:
                         raise VideoError(self.name, "is truncated or damaged: a packet of it is incomplete")
                     yield packet

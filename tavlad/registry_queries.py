@@ -86,6 +86,13 @@ def resolve(client: MlflowClient, reference: str) -> ModelVersion:
     raise TrackingError(f"registered model {name} has no {wanted}: it has versions {numbers or '(none)'}")
 
 
+def pinned(tracking_uri: str, reference: str) -> str:
+    """The version that a reference means now, as "NAME/3", whatever it will mean later."""
+    with said_clearly(tracking_uri):
+        version = resolve(MlflowClient(tracking_uri), reference)
+        return f"{version.name}/{number_of(version)}"
+
+
 def no_such_model(name: str, names: Sequence[str]) -> TrackingError:
     """The error that says which models there are."""
     known = f"registered are {', '.join(names)}" if names else "none is; `tavlad train` registers one"
