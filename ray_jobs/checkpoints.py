@@ -41,6 +41,12 @@ class Checkpoints:
         suffix = f"/{_COMPLETE}"
         return sorted(path.removesuffix(suffix) for path in self._store.list() if path.endswith(suffix))
 
+    def read(self, name: str, file: str) -> bytes:
+        """One file of a whole checkpoint."""
+        digests: dict[str, str] = json.loads(self._store.read(f"{name}/{_COMPLETE}"))
+        (place,) = [place for place in digests if place.endswith(f"/{file}")]
+        return self._store.read(f"{name}/{place}")
+
     def fetch(self, name: str, directory: Path) -> None:
         """Download a checkpoint and check it against its digests."""
         digests: dict[str, str] = json.loads(self._store.read(f"{name}/{_COMPLETE}"))

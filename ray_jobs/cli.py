@@ -39,6 +39,13 @@ SetOption = Annotated[
 DatasetOption = Annotated[
     str | None, typer.Option(help="A packed set: name, s3:// URI or folder (instead of the recipe's).")
 ]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume-with-new-code", help="Go on with what other code began and did not end (else refused)."),
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Leave aside what other code made, done or not, and begin anew beside it.")
+]
 RecipeArgument = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that comes with tavlad.")]
 
 
@@ -301,8 +308,13 @@ def train(
     dataset: DatasetOption = None,
     change: SetOption = None,
     register: Annotated[bool, typer.Option(help="Register the model at the end.")] = True,
+    resume_with_new_code: ResumeOption = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Train both stages, evaluate and register; started again it goes on where it was.
+
+    What is done is found again, and it is said if other code trained it. What other code began and did not end is
+    refused, unless `--resume-with-new-code` or `--fresh` says what to do.
 
     Examples:
 
@@ -312,11 +324,12 @@ def train(
     """
     from ray_jobs.recipe import load_recipe
 
+    other_code = _other_code(resume_with_new_code, fresh)
     loaded = load_recipe(recipe, change, dataset)
     site, console = _site(), _console()
     from ray_jobs.train import train as run
 
-    done = run(site, loaded, split, console, register=register)
+    done = run(site, loaded, split, console, register=register, other_code=other_code)
     console.result(done.document() if done is not None else {"registered": False})
 
 
@@ -344,6 +357,8 @@ def tune(
     workers_per_trial: Annotated[int, typer.Option(help="Workers (DDP ranks) that share a trial.")] = 1,
     dataset: DatasetOption = None,
     change: SetOption = None,
+    resume_with_new_code: ResumeOption = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Find the learning rate, K and U, or any other field, for a set; then train the best configuration in full.
 
@@ -361,6 +376,7 @@ def tune(
     from ray_jobs.space import load_space
     from ray_jobs.sweep import SweepOptions
 
+    other_code = _other_code(resume_with_new_code, fresh)
     loaded = load_recipe(recipe, change, dataset)
     options = SweepOptions(
         search=search,
@@ -375,7 +391,7 @@ def tune(
     site, console = _site(), _console()
     from ray_jobs.tune import tune_recipe
 
-    swept = tune_recipe(site, loaded, split, dimensions, options, console)
+    swept = tune_recipe(site, loaded, split, dimensions, options, console, other_code)
     console.say(f"  the sweep in MLflow: {swept.run_url}")
     console.result(swept.document())
 
@@ -491,6 +507,8 @@ def reproduce(
     epochs_scale: Annotated[float, typer.Option(help="What epochs are multiplied by to rehearse.")] = 1.0,
     change: SetOption = None,
     to: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json.")] = None,
+    resume_with_new_code: ResumeOption = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Run what is missing of a table of the paper; write our numbers beside the published ones. Twice is once.
 
@@ -504,6 +522,7 @@ def reproduce(
 
     `tavlad reproduce mine --table 2 --set ta-vlad:training.batch_size=16`  (changes one row)
     """
+    other_code = _other_code(resume_with_new_code, fresh)
     site, console = _site(), _console()
     from ray_jobs.reproduce import ReproduceOptions
     from ray_jobs.reproduce import reproduce as run
@@ -513,6 +532,7 @@ def reproduce(
         rows=tuple(rows or ()),
         subset=subset,
         epochs_scale=epochs_scale,
+        other_code=other_code,
         changes=tuple(change or ()),
     )
     folder = to or Path(f"reproduce-{'-'.join(Path(name).name for name in datasets)}-table{table}")
@@ -541,6 +561,12 @@ def demo(
     from ray_jobs.demo import run_demo
 
     console.result(run_demo(site, videos, name, workers, console))
+
+
+def _other_code(resume: bool, fresh: bool) -> Literal["refuse", "go on", "begin anew"]:
+    if resume and fresh:
+        raise UserError("--resume-with-new-code goes on, and --fresh begins anew: give one of the two")
+    return "go on" if resume else "begin anew" if fresh else "refuse"
 
 
 app.add_typer(cli_models.app)

@@ -59,7 +59,7 @@ def models(
                 row.tags.get("variant", ""),
                 *(_percent(row.tags.get(tag)) for tag in ("test_top1", "test_top5", "test_mean_class")),
                 datetime.datetime.fromtimestamp(row.created / 1000).astimezone().strftime("%Y-%m-%d %H:%M"),
-                row.tags.get("git", "")[:10],
+                row.tags.get("git", "")[:10] + ("-dirty" if row.tags.get("git_dirty") == "true" else ""),
             ]
             for row in rows
         ],

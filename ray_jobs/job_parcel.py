@@ -5,24 +5,23 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray_jobs.provenance import COMMIT_FILE, PACKAGES, ROOT, Code, commit_text, sources, this_code
 from ray_jobs.recipe import is_local_file, is_place, load_recipe, parse_change, read_toml, recipe_values
 from tavlad.errors import UserError
 
 SUBMITTED = frozenset({"pack", "verify", "codebook", "features", "train", "tune", "evaluate", "register", "reproduce"})
 """The verbs that another site's cluster does as a job; all others are done where they are called."""
-_PACKAGES = ("tavlad", "shards", "ray_jobs", "infra")
 _INPUTS = ("recipe", "splits", "space")
 """Arguments whose local files travel with the job."""
-_NOT_WHAT_IT_DOES = ("recipe", "change", "dataset", "at_once", "workers_per_trial")
-"""Arguments that are not part of a job's name as they stand; a recipe's is what it says, the last two only the pace."""
+_NOT_WHAT_IT_DOES = ("recipe", "change", "dataset", "at_once", "workers_per_trial", "resume_with_new_code")
+"""Arguments that are not part of a job's name as they stand: a recipe's part is what it says; the others are the pace,
+or a leave that only the first attempt needs."""
 _MAX_INPUT_BYTES = 20_000_000
 _IDENTITY_DIGITS = 12
-COMMIT_FILE = "commit.txt"
-"""In a job's `ray_jobs`: the commit its code was at where it was submitted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +33,10 @@ class Parcel:
     """What follows the verb, with the files that travel named as the job finds them."""
     inputs: Mapping[str, Path]
     """Path in the job's working folder -> file of this machine."""
+    code: Code = field(default_factory=this_code)
+    """What does it."""
     name: str
-    """Such as "tavlad-train-1a2b3c4d5e6f": the same for whatever does the same on the same bucket."""
+    """Such as "tavlad-train-1a2b3c4d5e6f": the same for whatever does the same on the same bucket, by the same code."""
 
     def command(self, site_name: str, json_output: bool) -> str:
         """The job's entrypoint."""
@@ -43,11 +44,14 @@ class Parcel:
         return shlex.join(["python", "-m", "ray_jobs.cli", *options, self.verb, *self.arguments])
 
 
-def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], bucket: str) -> Parcel:
-    """The parcel of a verb called with these words, which mean these values.
+def make_parcel(
+    verb: str, arguments: Sequence[str], values: Mapping[str, Any], bucket: str, code: Code | None = None
+) -> Parcel:
+    """The parcel of a verb called with these words, which mean these values, done by this code.
 
     Raises ValueError for a local path that the cluster would not find.
     """
+    code = code or this_code()
     inputs: dict[str, Path] = {}
     renamed: dict[str, str] = {}
     identity = {name: value for name, value in values.items() if name not in _NOT_WHAT_IT_DOES}
@@ -71,12 +75,13 @@ def make_parcel(verb: str, arguments: Sequence[str], values: Mapping[str, Any], 
         identity["recipe"] = recipe.fingerprint(dataset=recipe.dataset)
     else:
         identity |= {name: values[name] for name in ("change", "dataset") if name in values}
-    text = json.dumps([verb, bucket, identity], sort_keys=True, default=str)
+    text = json.dumps([verb, bucket, identity, code.sources], sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_IDENTITY_DIGITS]
     return Parcel(
         verb=verb,
         arguments=tuple(_renamed(word, renamed) for word in arguments),
         inputs=inputs,
+        code=code,
         name=f"tavlad-{verb}-{digest}",
     )
 
@@ -123,16 +128,12 @@ def _weights(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> list[Any]:
     return [each for value in found for each in (value if isinstance(value, list) else [value])]
 
 
-def fill_working_folder(parcel: Parcel, folder: Path, commit: str) -> None:
+def fill_working_folder(parcel: Parcel, folder: Path) -> None:
     """Writes what the job's working folder holds: our packages' sources and tables, and the inputs; nothing else."""
-    root = Path(__file__).parents[1]
-    for package in _PACKAGES:
-        for source in [*(root / package).glob("*.py"), *(root / package).glob("*.toml")]:
-            _copy(source, folder / package / source.name)
-    for tables in ("ray_jobs/recipes", "infra/sites"):
-        for source in (root / tables).glob("*.toml"):
-            _copy(source, folder / tables / source.name)
-    (folder / "ray_jobs" / COMMIT_FILE).write_text(commit)
+    tables = [file for package in PACKAGES for file in (ROOT / package).rglob("*.toml")]
+    for source in (*sources().values(), *tables):
+        _copy(source, folder / source.relative_to(ROOT))
+    (folder / "ray_jobs" / COMMIT_FILE).write_text(commit_text(parcel.code))
     for place, source in parcel.inputs.items():
         _copy(source, folder / place)
 

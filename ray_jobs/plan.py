@@ -1,18 +1,24 @@
 """What a training is, before any of it runs: its recipe, its set, its split, and the name that follows from them."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from infra.site import Site, cache_folder
 from ray_jobs.checkpoints import Checkpoints
+from ray_jobs.provenance import Codes, OtherCode, codes_of, first_that_exists, name_in_use, provenance_codes
 from ray_jobs.recipe import Recipe, is_place
 from shards.disk_cache import DiskCache
 from shards.index import Index, load_index, share_of
 from shards.store import Store, open_store
+from tavlad.checkpoint import CARD
 from tavlad.config import StageConfig
 from tavlad.errors import UserError
+
+CODES = "code.json"
+"""Beside what is kept without a model's card, that of TDD and of sweeps: the code that made it."""
 
 _RESULT_FORMAT = 2  # raise it when the same recipe would no longer compute the same
 
@@ -48,6 +54,10 @@ class TrainingPlan:
         """The store of its checkpoints."""
         store = open_store(f"{self.uri}/checkpoints", site.s3)
         return Checkpoints(store, keep=self.recipe.resources.keep_checkpoints)
+
+    def codes(self, site: Site) -> Codes:
+        """The code that trained it as far as it is; none if nothing is kept of it yet."""
+        return _codes_in(open_store(self.uri, site.s3))
 
 
 def read_uri(site: Site, uri: str) -> bytes:
@@ -99,24 +109,30 @@ def checkpoint_name(stage: int, epochs_done: int, steps_done: int = 0) -> str:
     return f"stage{stage}-epoch{epochs_done:05d}" + (f"-step{steps_done:06d}" if steps_done else "")
 
 
-def plan_training(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
+def plan_training(
+    site: Site, recipe: Recipe, split: int, other_code: OtherCode = "refuse"
+) -> tuple[TrainingPlan, Index]:
     """Check the recipe against the set and name the training. Raises ValueError for what cannot be trained."""
     recipe.model.require_network()
     if recipe.stage1.epochs + recipe.stage2.epochs == 0:
         raise UserError("stage1.epochs and stage2.epochs are both 0: give at least one stage an epoch")
-    return plan_run(site, recipe, split)
+    return plan_run(site, recipe, split, other_code)
 
 
-def plan_run(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Index]:
+def plan_run(site: Site, recipe: Recipe, split: int, other_code: OtherCode = "refuse") -> tuple[TrainingPlan, Index]:
     """`plan_training` of anything that a recipe names, a network or not."""
     dataset_uri = locate_set(site, recipe.dataset)
     _, index = open_set(site, recipe.dataset, recipe)
     for part in ("train", "test"):
         index.clips(split, part)  # refuses a part without clips
-    fingerprint = recipe.fingerprint(
-        set=index.fingerprint, split=split, weights=digest_of_weights(site, recipe), format=_RESULT_FORMAT
-    )
-    name = f"{index.name}-split{split}-{recipe.model.variant}-{fingerprint[:10]}"
+    facts = {"set": index.fingerprint, "weights": digest_of_weights(site, recipe)}
+    numbers = {"split": split, "format": _RESULT_FORMAT}
+    names = [
+        digits and f"{index.name}-split{split}-{recipe.model.variant}-{digits[:10]}"
+        for digits in (recipe.fingerprint(**facts, **numbers), recipe.first_fingerprint(**facts, **numbers))
+    ]
+    runs = open_store(site.runs_uri, site.s3)
+    name = name_in_use(runs, first_that_exists(runs, names), lambda each: _codes_in(runs.child(each)), other_code)
     plan = TrainingPlan(
         site_name=site.name,
         recipe=recipe,
@@ -128,3 +144,13 @@ def plan_run(site: Site, recipe: Recipe, split: int) -> tuple[TrainingPlan, Inde
         uri=f"{site.runs_uri}/{name}",
     )
     return plan, index
+
+
+def _codes_in(run: Store) -> Codes:
+    """The code that made what a run's folder keeps."""
+    checkpoints = Checkpoints(run.child("checkpoints"))
+    if names := checkpoints.names():
+        return provenance_codes(json.loads(checkpoints.read(names[-1], CARD))["provenance"])
+    if not run.list("tdd/"):
+        return ()
+    return codes_of(json.loads(run.read(CODES)) if run.exists(CODES) else None)

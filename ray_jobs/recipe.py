@@ -1,14 +1,13 @@
 """A recipe: one TOML file that says what to train on which set, and the changes made to it on the command line."""
 
 import dataclasses
-import hashlib
-import json
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ray_jobs.names import fingerprint, first_fingerprint
 from tavlad.config import STAGE1, STAGE2, CodebookConfig, FeatureConfig, ModelConfig, StageConfig, TrainingConfig, parse
 from tavlad.errors import UserError
 from tavlad.parallel import quick_precision
@@ -154,13 +153,20 @@ class Recipe:
         """Every field by its dotted name, such as "stage1.lr"."""
         return _flatten(dataclasses.asdict(self), "")
 
-    def fingerprint(self, **facts: str | int) -> str:
-        """Names what will be computed: the same recipe and facts (set, split) give the same 64 hex digits."""
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide what is computed, by dotted name."""
         decisive = {name: value for name, value in self.flat().items() if not name.startswith("resources.")}
         del decisive["features.budget_gigabytes"]
-        del decisive["dataset"]  # the set's own fingerprint, among the facts, says which
-        text = json.dumps(decisive | facts, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        del decisive["dataset"]  # the set's own fingerprint, among the facts of a name, says which
+        return decisive
+
+    def fingerprint(self, **facts: str | int) -> str:
+        """Names what will be computed: the same recipe and facts (set, split) give the same 64 hex digits."""
+        return fingerprint(self.decisive(), facts)
+
+    def first_fingerprint(self, **facts: str | int) -> str | None:
+        """What the first names held in its place, if they could."""
+        return first_fingerprint(self.decisive(), facts)
 
 
 def load_recipe(name: str, changes: list[str] | None = None, dataset: str | None = None) -> Recipe:

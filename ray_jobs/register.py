@@ -9,6 +9,7 @@ from infra.site import Site
 from ray_jobs.codebook import build_untrained
 from ray_jobs.console import Console
 from ray_jobs.plan import TrainingPlan, plan_training
+from ray_jobs.provenance import code_tags, described, label
 from ray_jobs.recipe import Recipe
 from ray_jobs.run_records import SECONDS_FOR_DELIVERY, RunRecords
 from ray_jobs.run_report import RunReport, write_run_report
@@ -60,11 +61,14 @@ class RegisteredRun:
 def register_finished(site: Site, recipe: Recipe, split: int, console: Console) -> RegisteredRun:
     """Register a training that is done. Raises ValueError when its last checkpoint is not there yet."""
     plan, index = plan_training(site, recipe, split)
+    codes = plan.codes(site)
     if plan.last_checkpoint not in plan.checkpoints(site).names():
         raise UserError(
             f"the training {plan.name} is not done: run `tavlad train` with the same recipe and split first"
         )
-    with RunRecords(site, plan, index) as records:
+    with RunRecords(site, plan, index, codes) as records:
+        if note := label(codes):
+            console.say(f"  {note}")
         return register_training(site, plan, index, records, console)
 
 
@@ -109,11 +113,11 @@ def register_training(
                     "dataset_fingerprint": plan.dataset_fingerprint,
                     "split": str(plan.split),
                     "recipe": plan.recipe.fingerprint(),
-                    "git": records.git,
                     "clips": str(len(scores.keys)),
                     "test_top5": f"{scores.top(5):.6f}",
                     "test_mean_class": f"{scores.mean_class:.6f}",
                     "training": plan.name,
+                    **code_tags(records.codes),
                 },
                 accuracy=scores.top(1),
                 code=stage_code(code, plan.recipe.model),
@@ -185,7 +189,7 @@ def _write_report(
         "mean class accuracy": f"{scores.mean_class:.1%}",
         "test clips": str(len(scores.keys)),
         "epochs": str(len(history)),
-        "code": records.git,
+        "code": described(records.codes),
     }
     report = RunReport(
         name=plan.name,

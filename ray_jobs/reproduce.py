@@ -15,6 +15,7 @@ from infra.site import Site
 from ray_jobs.console import Console
 from ray_jobs.monitor import GivenUp
 from ray_jobs.plan import TrainingPlan, locate_set, plan_run, plan_training
+from ray_jobs.provenance import OtherCode, described, label
 from ray_jobs.published import PublishedRow, published_table
 from ray_jobs.recipe import Recipe, change_recipe, load_recipe
 from ray_jobs.register import RegisteredRun, finished_scores
@@ -41,6 +42,8 @@ class ReproduceOptions:
     """Share of the clips, for rehearsals."""
     epochs_scale: float = 1.0
     """What epochs are multiplied by, for rehearsals."""
+    other_code: OtherCode = "refuse"
+    """What to do with what other code began."""
     changes: tuple[str, ...] = ()
     """Changes of every recipe, such as "training.batch_size=16", or of one, "ta-vlad:training.batch_size=16"."""
 
@@ -152,19 +155,22 @@ def _outcome(site: Site, entry: Entry, options: ReproduceOptions, console: Conso
     """The outcome that is there, else that of the training."""
     assert entry.row.recipe is not None
     recipe = _recipe(entry.row.recipe, entry.trained_on, options)
-    plan, _ = plan_run(site, recipe, entry.split)
+    plan, _ = plan_run(site, recipe, entry.split, options.other_code)
     store = open_store(plan.uri, site.s3)
     if store.exists(_OUTCOME):
+        codes = plan.codes(site)
         console.say(f"  done already: {plan.name}")
-        return Outcome(**json.loads(store.read(_OUTCOME)))
+        if note := label(codes):
+            console.say(f"  {note}")
+        return Outcome(**json.loads(store.read(_OUTCOME)) | {"code": described(codes)})
     started = time.monotonic()
     if recipe.model.temporal == "tdd":
-        run, model = run_tdd(site, recipe, entry.split, console), ""
+        run, model = run_tdd(site, recipe, entry.split, console, options.other_code), ""
     else:
-        run = train(site, recipe, entry.split, console)
+        run = train(site, recipe, entry.split, console, other_code=options.other_code)
         assert run is not None, "training registers"
         model = f"{run.model.name} v{run.model.version}"
-    outcome = _summary(run, model, time.monotonic() - started)
+    outcome = _summary(run, model, time.monotonic() - started, described(run.plan.codes(site)))
     store.write(_OUTCOME, json.dumps(dataclasses.asdict(outcome), indent=1).encode())
     return outcome
 
@@ -176,7 +182,7 @@ def _fused(site: Site, entry: Entry, options: ReproduceOptions) -> Outcome:
     plans: list[TrainingPlan] = []
     for name in entry.row.fuses:
         part = dataclasses.replace(entry, row=rows[name])
-        plan, _ = plan_training(site, _recipe(name, part.trained_on, options), entry.split)
+        plan, _ = plan_training(site, _recipe(name, part.trained_on, options), entry.split, options.other_code)
         if plan.last_checkpoint not in plan.checkpoints(site).names():
             raise UserError(f"{name}, which it fuses, is not done")
         plans.append(plan)
@@ -219,7 +225,7 @@ def _fewer(stage: StageConfig, scale: float) -> dict[str, Any]:
     return {"epochs": max(1, round(scale * stage.epochs)), "decay_every": max(1, round(scale * stage.decay_every))}
 
 
-def _summary(run: RegisteredRun | TddRun, model: str, wall_seconds: float) -> Outcome:
+def _summary(run: RegisteredRun | TddRun, model: str, wall_seconds: float, code: str) -> Outcome:
     history = [] if isinstance(run, TddRun) else run.history
     return Outcome(
         training=run.plan.name,
@@ -232,6 +238,7 @@ def _summary(run: RegisteredRun | TddRun, model: str, wall_seconds: float) -> Ou
         model=model,
         run_url=run.run_url,
         history=history,
+        code=code,
     )
 
 

@@ -33,6 +33,8 @@ class Outcome:
     run_url: str
     history: list[dict[str, Any]]
     """One row an epoch; empty for what has none."""
+    code: str = ""
+    """The code that trained it; empty for a fusion, whose parts say theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +150,7 @@ def _sections(report: Reproduction) -> list[str]:
         "<p>The result is the accuracy after the last epoch. The best of any epoch is chosen on the test part and is "
         "no result; it is shown because others report it.</p>",
         _training_table(report),
+        _codes(report),
         *map(_curves, report.entries),
         f'<p>Compare the runs in MLflow: <a href="{html.escape(report.tracking_uri)}">'
         f"{html.escape(report.tracking_uri)}</a></p>",
@@ -160,6 +163,14 @@ def _departures(report: Reproduction) -> str:
         return "<p>Run in full, as the paper describes it.</p>"
     words = "; ".join(html.escape(words) for words in report.departures)
     return f"<p><b>This is not the paper's training: {words}. Its numbers are not comparable to the paper's.</b></p>"
+
+
+def _codes(report: Reproduction) -> str:
+    """Said in any case, and loudly where numbers of several versions of the code stand beside each other."""
+    codes = sorted({entry.outcome.code for entry in report.entries if entry.outcome is not None and entry.outcome.code})
+    if len(codes) < 2:
+        return f"<p>Code: {html.escape(codes[0])}.</p>" if codes else ""
+    return f"<p><b>Trained by {len(codes)} versions of the code</b>: {html.escape('; '.join(codes))}.</p>"
 
 
 def _training_table(report: Reproduction) -> str:

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import os
 import stat
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -13,8 +12,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from infra.site import Site
-from ray_jobs.job_parcel import COMMIT_FILE
 from ray_jobs.plan import TrainingPlan
+from ray_jobs.provenance import UNKNOWN_CODE, Codes, code_tags, short
 from shards.index import Index
 from tavlad.errors import UserError
 from tavlad.runlog import RUN_TAG, RunSpec
@@ -28,7 +27,10 @@ SECONDS_FOR_DELIVERY = 30.0
 class RunRecords:
     """The MLflow runs of one training: a parent and one for each stage. Nothing here waits for the server."""
 
-    def __init__(self, site: Site, plan: TrainingPlan, index: Index) -> None:
+    def __init__(self, site: Site, plan: TrainingPlan, index: Index, codes: Codes) -> None:
+        """`codes` are the versions of the code that trained it, or are about to."""
+        self.codes = codes
+        """Of what it records."""
         self._site = site
         self._plan = plan
         self._folder = spools(site) / plan.name
@@ -38,19 +40,18 @@ class RunRecords:
             "variant": plan.recipe.model.variant,
             "fingerprint": plan.dataset_fingerprint,
             "recipe": plan.recipe.fingerprint(),
-            "git": git_commit(),
             "mlflow.runColor": _colour(plan.name),
         }
+        if codes != (UNKNOWN_CODE,):  # or what the run says stays
+            tags |= code_tags(codes)
         self._spec = RunSpec(
             experiment=f"tavlad/{plan.dataset_name}",
             # Legends are short, and the experiment says the set.
-            name=f"{plan.recipe.model.variant} split{plan.split} {plan.name.rpartition('-')[2][:6]}",
+            name=f"{plan.recipe.model.variant} split{plan.split} {short(plan.name)}",
             tags={RUN_TAG: plan.name, "kind": "train", **tags},
             params=plan.recipe.flat() | {"split": plan.split},
         )
         self._tags = tags
-        self.git = tags["git"]
-        """The commit of this code."""
         self._index = index
         self.parent = Tracker(site.mlflow_uri, self._spec, self._folder / "parent")
         self._log_dataset(self.parent)
@@ -161,15 +162,3 @@ def _move_in(former: Path, folder: Path) -> None:
         place = folder / run.name
         with contextlib.suppress(FileNotFoundError):  # another process was a moment earlier
             run.rename(place.with_name(f"{run.name}.{time.time_ns()}") if place.exists() else place)
-
-
-def git_commit() -> str:
-    """The commit this code is at, or "unknown" outside a checkout. A submitted job is told by a file."""
-    told = Path(__file__).with_name(COMMIT_FILE)
-    if told.is_file():
-        return told.read_text().strip()
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -141,7 +141,7 @@ def _run_probe(site: Site) -> dict[str, Any]:
     parcel = Parcel(verb="probe", arguments=(), inputs={}, name=job)
     began = time.time()
     with scratch() as folder:
-        fill_working_folder(parcel, folder, "unknown")
+        fill_working_folder(parcel, folder)
         client.submit_job(
             entrypoint=f"python -m ray_jobs.site_check {site.name}",
             submission_id=job,

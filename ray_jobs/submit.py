@@ -21,7 +21,7 @@ from infra.site import Site
 from ray_jobs.console import Console
 from ray_jobs.interrupts import SECONDS_TO_STOP
 from ray_jobs.job_parcel import Parcel, fill_working_folder
-from ray_jobs.run_records import git_commit
+from ray_jobs.provenance import code_tags
 from shards.scratch import scratch
 from tavlad.errors import UserError
 
@@ -61,7 +61,7 @@ def submit(site: Site, parcel: Parcel, console: Console, *, json_output: bool = 
     """Start the job, or join it if it runs already; returns its id. A job that has ended gets another attempt."""
     client = jobs_of(site)
     with _errors(site), scratch() as folder:
-        fill_working_folder(parcel, folder, git_commit())
+        fill_working_folder(parcel, folder)
         while True:
             attempts = _attempts(client, parcel.name)
             if attempts and not attempts[-1].status.is_terminal():
@@ -75,7 +75,11 @@ def submit(site: Site, parcel: Parcel, console: Console, *, json_output: bool = 
                     submission_id=job,
                     # No secret is in it: Ray shows it to whoever may see the job.
                     runtime_env={"working_dir": folder, "env_vars": site.worker_environment() | _TIME_TO_STOP},
-                    metadata={"verb": parcel.verb, "arguments": " ".join(parcel.arguments)},
+                    metadata={
+                        "verb": parcel.verb,
+                        "arguments": " ".join(parcel.arguments),
+                        **code_tags((parcel.code,)),
+                    },
                 )
             except RuntimeError as error:
                 if "already exists" not in str(error):

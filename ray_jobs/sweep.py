@@ -4,6 +4,7 @@ started/ID.json      the fields a trial changes, written before it begins
 checkpoints/ID/...   a trial's state after each epoch, until it came to its end
 waiting/ID.json      a trial as it stood at the rung, where it waits for the others
 trials/ID.json       a trial that came to its end or diverged, written once: its rows, epoch by epoch
+code.json            the code that made them
 
 A trial's ID is a fingerprint of what it computes. A sweep started again takes what is over from here. Which trials go
 on from the rung is not kept but decided anew: where more trials are asked for, others may be among the best quarter.
@@ -22,7 +23,8 @@ import numpy as np
 
 from infra.site import Site
 from ray_jobs.checkpoints import Checkpoints
-from ray_jobs.plan import TrainingPlan
+from ray_jobs.plan import CODES, TrainingPlan
+from ray_jobs.provenance import Codes, OtherCode, codes_of, first_that_exists, name_in_use, recorded
 from ray_jobs.recipe import Recipe, change_recipe
 from ray_jobs.space import Changes, Dimension, changed, extremes
 from shards.held_out import held_out
@@ -92,12 +94,16 @@ class SweepPlan:
     options: SweepOptions
     weights: str
     """What the trunk's weights are: a file that changed under its name makes another sweep."""
+    is_first_name: bool = False
+    """Whether its name and its trials' are of the first kind, which held every field."""
+    again: str = ""
+    """Such as ".2", of a sweep begun anew: what its name has more."""
 
     @cached_property
     def name(self) -> str:
         """Such as "demo-split1-sweep-1a2b3c4d5e"; more trials or finalists are more of the same sweep."""
         facts = {
-            "trial": self.trial_recipe({}).fingerprint(),
+            "trial": self._fingerprint({}),
             "set": self.training.dataset_fingerprint,
             "split": self.training.split,
             "weights": self.weights,
@@ -108,7 +114,7 @@ class SweepPlan:
             "format": _FORMAT,
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        return f"{self.training.dataset_name}-split{self.training.split}-sweep-{digest[:10]}"
+        return f"{self.training.dataset_name}-split{self.training.split}-sweep-{digest[:10]}{self.again}"
 
     @property
     def rung(self) -> int | None:
@@ -133,7 +139,12 @@ class SweepPlan:
 
     def trial_id(self, changes: Changes) -> str:
         """The fingerprint of what a trial computes."""
-        return self.trial_recipe(changes).fingerprint(sweep=self.name)[:16]
+        return self._fingerprint(changes, sweep=self.name)[:16]
+
+    def _fingerprint(self, changes: Changes, **facts: str | int) -> str:
+        recipe = self.trial_recipe(changes)
+        first = recipe.first_fingerprint(**facts) if self.is_first_name else None
+        return first or recipe.fingerprint(**facts)
 
     def held_out(self, index: Index) -> Index:
         """The set as trials see it."""
@@ -247,6 +258,16 @@ class SweepStore:
             path.removeprefix("started/").removesuffix(".json"): json.loads(self._store.read(path)) for path in paths
         }
 
+    def codes(self) -> Codes:
+        """The code that made its trials; none before the first one."""
+        if not self._store.list("started/"):
+            return ()
+        return codes_of(json.loads(self._store.read(CODES)) if self._store.exists(CODES) else None)
+
+    def record_codes(self, codes: Codes) -> None:
+        """Trials to come are made by the last of these."""
+        self._store.write(CODES, json.dumps(recorded(codes)).encode())
+
     def start(self, trial_id: str, changes: Changes) -> None:
         """A trial begins."""
         self._store.write_if_absent(f"started/{trial_id}.json", json.dumps(changes).encode())
@@ -275,6 +296,27 @@ class SweepStore:
     def checkpoints(self, trial_id: str) -> Checkpoints:
         """A trial's checkpoints."""
         return Checkpoints(open_store(f"{self.uri}/checkpoints/{trial_id}", self._site.s3), keep=1)
+
+
+def sweep_in_use(site: Site, plan: SweepPlan, other_code: OtherCode) -> SweepPlan:
+    """The plan under the name that its sweep has, or will have, on the store."""
+    sweeps = open_store(site.sweeps_uri, site.s3)
+    first = dataclasses.replace(plan, is_first_name=True)
+    if first_that_exists(sweeps, [plan.name, first.name]) == first.name:
+        plan = first
+    name = name_in_use(sweeps, plan.name, lambda each: SweepStore(site, each).codes(), other_code)
+    return dataclasses.replace(plan, again=name.removeprefix(plan.name))
+
+
+def is_over(plan: SweepPlan, store: SweepStore, ids: set[str] | None, total: int) -> bool:
+    """Whether none of the sweep's trials is left to train: those of `ids`, or any so many."""
+    finished = store.finished()
+    there = {key: trial for key, trial in (store.waiting() | finished).items() if ids is None or key in ids}
+    if len(there) < total:
+        return False
+    if plan.rung is None:
+        return there.keys() <= finished.keys()
+    return going_on(plan, list(there.values()), max(total, len(there))) <= finished.keys()
 
 
 def _content(trial: Trial) -> bytes:

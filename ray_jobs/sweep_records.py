@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from infra.site import Site
-from ray_jobs.run_records import SECONDS_FOR_DELIVERY, git_commit, spools
+from ray_jobs.provenance import UNKNOWN_CODE, Codes, code_tags, short
+from ray_jobs.run_records import SECONDS_FOR_DELIVERY, spools
 from ray_jobs.space import Changes
 from ray_jobs.sweep import Row, SweepPlan, Trial, ranked
 from shards.scratch import scratch
@@ -20,7 +21,7 @@ from tavlad.tracking import Tracker
 class SweepRecords:
     """A sweep's runs as it goes on."""
 
-    def __init__(self, site: Site, plan: SweepPlan) -> None:
+    def __init__(self, site: Site, plan: SweepPlan, codes: Codes) -> None:
         self._site = site
         self._plan = plan
         self._folder = spools(site) / plan.name
@@ -29,8 +30,9 @@ class SweepRecords:
             "dataset": training.dataset_name,
             "split": str(training.split),
             "fingerprint": training.dataset_fingerprint,
-            "git": git_commit(),
         }
+        if codes != (UNKNOWN_CODE,):  # or what the runs say stays
+            self._tags |= code_tags(codes)
         space = {f"space.{each.field}": repr(each) for each in plan.dimensions}
         options = {
             "search": plan.options.search,
@@ -40,7 +42,7 @@ class SweepRecords:
         }
         self._spec = RunSpec(
             experiment=f"tavlad/{training.dataset_name}",
-            name=f"sweep split{training.split} {plan.name.rpartition('-')[2][:6]}",
+            name=f"sweep split{training.split} {short(plan.name)}",
             tags={RUN_TAG: plan.name, "kind": "sweep", **self._tags},
             params=training.recipe.flat() | space | options,
         )

@@ -4,6 +4,7 @@ What a task makes lies beside the training's other files, whole, and is found ag
 """
 
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,8 @@ from torch import Tensor
 from infra.site import Site, load_site
 from ray_jobs.cluster import connect, require_room, result_of
 from ray_jobs.console import Console
-from ray_jobs.plan import TrainingPlan, node_cache, open_set, plan_run, read_uri
+from ray_jobs.plan import CODES, TrainingPlan, node_cache, open_set, plan_run, read_uri
+from ray_jobs.provenance import OtherCode, recorded, with_this_code
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import log_results
 from ray_jobs.run_records import SECONDS_FOR_DELIVERY, RunRecords
@@ -51,15 +53,17 @@ class TddRun:
     run_url: str
 
 
-def run_tdd(site: Site, recipe: Recipe, split: int, console: Console) -> TddRun:
+def run_tdd(site: Site, recipe: Recipe, split: int, console: Console, other_code: OtherCode = "refuse") -> TddRun:
     """Compute what is missing and classify the test clips. ValueError for a set or a recipe that does not fit."""
-    plan, index = plan_run(site, recipe, split)
+    plan, index = plan_run(site, recipe, split, other_code)
+    codes = with_this_code(plan.name, plan.codes(site), other_code)
     connect(site, console.say)
     gpus = min(1.0, recipe.resources.gpus_per_worker)
     require_room(site, {"CPU": 1.0, "GPU": gpus})
+    open_store(plan.uri, site.s3).write(CODES, json.dumps(recorded(codes)).encode())
     console.heading(f"TDD {plan.name}")
     store = _kept(site, plan)
-    with RunRecords(site, plan, index) as records:
+    with RunRecords(site, plan, index, codes) as records:
         num_clips = {part: len(index.clips(split, part)) for part in ("train", "test")}
         sampling = _sample.options(num_gpus=gpus)
         calls = [(site.name, plan, first) for first in range(0, num_clips["train"], _CLIPS_A_TASK)]

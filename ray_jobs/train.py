@@ -31,6 +31,7 @@ from ray_jobs.monitor import EpochDone, Leaving, Lost, Monitor, News, Said, Samp
 from ray_jobs.network import HostNetwork
 from ray_jobs.notice import ListenForSigterm
 from ray_jobs.plan import TrainingPlan, plan_training
+from ray_jobs.provenance import Codes, OtherCode, label, recorded, with_this_code
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun, register_training
 from ray_jobs.restarts import Restarts, cause_of, lacked_memory
@@ -44,27 +45,40 @@ from tavlad.errors import UserError
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def train(site: Site, recipe: Recipe, split: int, console: Console, *, register: bool = True) -> RegisteredRun | None:
+def train(
+    site: Site,
+    recipe: Recipe,
+    split: int,
+    console: Console,
+    *,
+    register: bool = True,
+    other_code: OtherCode = "refuse",
+) -> RegisteredRun | None:
     """Train the recipe on one split, to a registered model unless `register` is off.
 
-    Started again it goes on from the newest checkpoint; when all is done already it only says so.
+    Started again it goes on from the newest checkpoint; when all is done already it only says so, and whether other
+    code did it. What other code began and did not end is refused unless `other_code` says what to do.
     """
-    plan, index = plan_training(site, recipe, split)
+    plan, index = plan_training(site, recipe, split, other_code)
+    is_done, codes = plan.last_checkpoint in plan.checkpoints(site).names(), plan.codes(site)
+    codes = codes if is_done else with_this_code(plan.name, codes, other_code)
     connect(site, console.say)
     require_room(site, recipe.resources.asked(recipe.resources.fewest_workers))
     console.heading(f"Training {plan.name}")
-    with RunRecords(site, plan, index) as records:
-        if plan.last_checkpoint in plan.checkpoints(site).names():
+    with RunRecords(site, plan, index, codes) as records:
+        if is_done:
             console.say("  trained already: its last checkpoint is whole")
+            if note := label(codes):
+                console.say(f"  {note}")
         else:
-            _train(site, plan, index, records, console)
+            _train(site, plan, index, codes, records, console)
         if register:
             return register_training(site, plan, index, records, console)
         records.finish()
         return None
 
 
-def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, console: Console) -> None:
+def _train(site: Site, plan: TrainingPlan, index: Index, codes: Codes, records: RunRecords, console: Console) -> None:
     codebook = make_codebook(site, plan.recipe, plan.split, console)
     precision = plan.recipe.training.scoring_precision
     assert precision != "auto", "load_recipe decides"
@@ -83,6 +97,7 @@ def _train(site: Site, plan: TrainingPlan, index: Index, records: RunRecords, co
             "jpeg_quality": int(cast(int, index.packing["jpeg_quality"])),
             "trunk_weights": codebook.trunk_weights,
             "codebook": codebook.uri.rpartition("/")[2],
+            "code": recorded(codes),
         },
     )
     monitor = Monitor.start()

@@ -21,10 +21,11 @@ from ray_jobs.codebook import build_untrained, codebook_of
 from ray_jobs.console import Console
 from ray_jobs.features import feature_set, fill_views, may_use_features
 from ray_jobs.plan import digest_of_weights, open_set, plan_training
+from ray_jobs.provenance import Codes, OtherCode, label, with_this_code
 from ray_jobs.recipe import Recipe
 from ray_jobs.register import RegisteredRun
 from ray_jobs.space import Changes, Dimension, as_settings, extremes
-from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, going_on, ranked
+from ray_jobs.sweep import SweepOptions, SweepPlan, SweepStore, Trial, going_on, is_over, ranked, sweep_in_use
 from ray_jobs.sweep_progress import Listener, Progress, StopTrials, described
 from ray_jobs.sweep_records import SweepRecords
 from ray_jobs.sweep_search import (
@@ -101,7 +102,13 @@ class Swept:
 
 
 def tune_recipe(
-    site: Site, recipe: Recipe, split: int, dimensions: tuple[Dimension, ...], options: SweepOptions, console: Console
+    site: Site,
+    recipe: Recipe,
+    split: int,
+    dimensions: tuple[Dimension, ...],
+    options: SweepOptions,
+    console: Console,
+    other_code: OtherCode = "refuse",
 ) -> Swept:
     """Search the space, then train, evaluate and register the best configurations.
 
@@ -109,7 +116,8 @@ def tune_recipe(
     """
     training, index = plan_training(site, recipe, split)
     weights = digest_of_weights(site, recipe)
-    plan = SweepPlan(training=training, dimensions=dimensions, options=options, weights=weights)
+    asked = SweepPlan(training=training, dimensions=dimensions, options=options, weights=weights)
+    plan = sweep_in_use(site, asked, other_code)
     if plan.options.search == "optuna":
         require_optuna()
     known = known_configurations(plan)
@@ -119,14 +127,15 @@ def tune_recipe(
     require_room(site, recipe.resources.asked(workers))
     console.heading(f"Sweep {plan.name}: {len(known) if known is not None else options.trials} trials")
     store = SweepStore(site, plan.name)
-    with SweepRecords(site, plan) as records:
+    codes = _codes(plan, known, store, other_code, console)
+    with SweepRecords(site, plan, codes) as records:
         trials = _search(site, job, index, known, store, records, console)
         _show(plan, trials, console)
         records.conclude(trials)
         registered: list[RegisteredRun] = []
         for trial in _finalists(plan, trials):
             console.say(f"Finalist {len(registered) + 1} of {options.finalists}: {described(trial.changes)}")
-            done = train(site, plan.recipe(trial.changes), split, console)
+            done = train(site, plan.recipe(trial.changes), split, console, other_code=other_code)
             assert done is not None
             registered.append(done)
             name = f"finalist{len(registered)}"
@@ -134,6 +143,20 @@ def tune_recipe(
             records.parent.log_metrics({f"{name}/test/top1": done.scores.top(1)}, step=0)
         records.finish()
         return Swept(plan=plan, trials=trials, finalists=registered, run_url=records.parent.url())
+
+
+def _codes(
+    plan: SweepPlan, known: list[Changes] | None, store: SweepStore, other_code: OtherCode, console: Console
+) -> Codes:
+    """The code that made the trials, this one included where some are left. UserError where that may not be."""
+    codes = store.codes()
+    total = len(known) if known is not None else plan.options.trials
+    if not is_over(plan, store, None if known is None else {plan.trial_id(each) for each in known}, total or 0):
+        codes = with_this_code(plan.name, codes, other_code)
+        store.record_codes(codes)
+    elif note := label(codes):
+        console.say(f"  {note}")
+    return codes
 
 
 def _finalists(plan: SweepPlan, trials: Sequence[Trial]) -> list[Trial]:

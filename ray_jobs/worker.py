@@ -23,6 +23,7 @@ from ray_jobs.loading import Loading, choose_loading, cores_of_a_rank, measure_l
 from ray_jobs.monitor import EpochDone, Leaving, Monitor, Said, Started, Stepped, Stopped
 from ray_jobs.notice import STOP, Left, Notice
 from ray_jobs.plan import TrainingPlan, checkpoint_name, node_cache, open_set
+from ray_jobs.provenance import digest_of_sources
 from ray_jobs.sampling import Sampler
 from shards.features import FeatureSet
 from shards.index import Index
@@ -102,6 +103,7 @@ class _Trainer:
 
     def run(self) -> None:
         """Both stages, or what is left of them."""
+        self._require_code_of_driver()
         store, index = outlast(lambda: open_set(self._site, self._plan.dataset_uri, self._recipe))
         newest = self._newest_checkpoint()
         model, resume = outlast(lambda: self._model(index, newest))
@@ -130,6 +132,15 @@ class _Trainer:
             is_result = number == stages[-1][0] and plan.training.scoring_precision != plan.training.precision
             scored = test if is_result else None
             fit(model, plan, *batches[number], listeners, state, self._world, scored=scored)
+
+    def _require_code_of_driver(self) -> None:
+        """What is trained says by which code: a rank that has other code may not join in."""
+        told, here = self._card.provenance["code"][-1]["sources"], digest_of_sources()
+        if told != here:
+            raise UserError(
+                f"a worker has other code than the driver (sources {here[:10]}, not {told[:10]}): it was edited "
+                "meanwhile, or the image of its node is another; let all have the same and start the training again"
+            )
 
     def _batches(
         self, model: TaVlad, index: Index, number: Literal[1, 2], train: ClipLoader, test: ClipLoader

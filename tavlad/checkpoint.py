@@ -42,7 +42,7 @@ class ModelCard:
     """Of the trunk, in evaluation and in prediction."""
     format: int = FORMAT
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Where it comes from: data set fingerprint, split, run, trunk weights; not needed to load it."""
+    """Where it comes from: data set fingerprint, split, run, trunk weights, code; not needed to load it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

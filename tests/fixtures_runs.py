@@ -7,6 +7,7 @@ import torch
 
 from infra.site import Site
 from ray_jobs.plan import TrainingPlan
+from ray_jobs.provenance import this_code
 from ray_jobs.recipe import load_recipe
 from ray_jobs.run_records import RunRecords
 from ray_jobs.served_model import stage_code
@@ -44,7 +45,7 @@ def record_training(tracking_uri: str, folder: Path, dataset: str, temporal: str
         name=f"{dataset}-split1-{recipe.model.variant}-{seed:010x}",
         uri=f"s3://tavlad/runs/{dataset}",
     )
-    with RunRecords(site, plan, index) as records:
+    with RunRecords(site, plan, index, (this_code(),)) as records:
         top1 = 0.0
         for stage, epochs in ((1, 6), (2, 3)):
             for epoch in range(1, epochs + 1):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_jobs.names import LEFT_OUT, fingerprint, first_fingerprint
 from ray_jobs.recipe import known_recipes, load_recipe
 
 
@@ -100,3 +101,48 @@ def test_fingerprint_changes_with_what_is_computed_and_not_with_where(tmp_path: 
     assert load_recipe(name, dataset="s3://elsewhere/a").fingerprint(split=1) == base
     assert load_recipe(name, ["training.seed=1"]).fingerprint(split=1) != base
     assert load_recipe(name).fingerprint(split=2) != base
+
+
+FIRST_NAMES = [
+    ("ta-vlad", ["training.precision=bf16"], "c07dda27a2f13111c3e8a08b349b85e9ed5ff33c5fc05679a08423c0d5299c53"),
+    (
+        "demo",
+        ["model.temporal=sum", "training.precision=float32"],
+        "27b533d32eda4f03d118f6bb24cde804b10ac4ce40a387fe28b9d5b52b646f81",
+    ),
+    (
+        "small",
+        ["training.precision=float32", "stage1.lr=0.005", "resources.workers=4"],
+        "3e46cd301fd922607e3c507b9a0c941204a370a8915250b3dc42852a747f6fa3",
+    ),
+]
+"""Recipes, and what the first version of names gave them."""
+
+
+@pytest.mark.parametrize(("name", "changes", "digest"), FIRST_NAMES)
+def test_first_names_are_still_known(name: str, changes: list[str], digest: str) -> None:
+    recipe = load_recipe(name, changes, "mine")
+    assert recipe.first_fingerprint(set="s", split=1, weights=recipe.model.weights, format=2) == digest
+
+
+def test_every_field_that_decides_a_result_says_what_names_leave_out() -> None:
+    recipe = load_recipe("ta-vlad", dataset="mine")
+    missing = recipe.decisive().keys() - LEFT_OUT.keys()
+    assert not missing, "give each a line in names.toml, with the value that means what was done before"
+
+
+def test_new_field_renames_nothing_and_its_other_values_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = load_recipe("ta-vlad", dataset="mine").decisive()
+    before = fingerprint(fields, {"split": 1}), first_fingerprint(fields, {"split": 1})
+    monkeypatch.setitem(LEFT_OUT, "training.new", "as before")
+    as_before, otherwise = fields | {"training.new": "as before"}, fields | {"training.new": "otherwise"}
+    assert (fingerprint(as_before, {"split": 1}), first_fingerprint(as_before, {"split": 1})) == before
+    assert fingerprint(otherwise, {"split": 1}) != before[0]
+    assert first_fingerprint(otherwise, {"split": 1}) is None, "which could not say it"
+
+
+def test_field_that_is_gone_leaves_first_names_known() -> None:
+    fields = load_recipe("ta-vlad", dataset="mine").decisive()
+    fewer = {name: value for name, value in fields.items() if name != "training.cuda_graphs"}
+    assert first_fingerprint(fewer, {}) == first_fingerprint(fields, {})
+    assert fingerprint(fewer, {}) == fingerprint(fields, {})

@@ -17,6 +17,7 @@ import pytest
 
 from infra.site import Site
 from ray_jobs.job_parcel import fill_working_folder, make_parcel
+from ray_jobs.provenance import Code
 from ray_jobs.submit import stop
 from shards.store import S3Access
 from tests.fixtures_verbs import SHORT, tavlad
@@ -40,6 +41,21 @@ def test_name_of_a_job_follows_from_what_it_does(tmp_path: Path) -> None:
     assert parcel_of(recipe, change=["stage1.epochs=4"]).name != name
     assert parcel_of(recipe, split=2).name != name
     assert parcel_of(recipe, dataset="other").name != name
+    assert parcel_of(recipe, resume_with_new_code=True).name == name
+    assert parcel_of(recipe, fresh=True).name != name
+
+
+def test_edited_code_never_joins_a_job_of_the_code_before(tmp_path: Path) -> None:
+    recipe = tmp_path / "a.toml"
+    recipe.write_text(RECIPE)
+    values = {"recipe": str(recipe), "split": 1, "change": None, "dataset": None}
+
+    def name(verb: str, **code: Any) -> str:
+        return make_parcel(verb, [], values if verb == "train" else {"dataset": "mine"}, "bucket", Code(**code)).name
+
+    for verb in ("train", "verify"):
+        assert name(verb, sources="1") != name(verb, sources="2")
+        assert name(verb, sources="1", commit="a") == name(verb, sources="1", commit="b"), "the same code, after all"
 
 
 def test_parcel_carries_our_code_and_the_inputs_and_no_junk(tmp_path: Path) -> None:
@@ -47,7 +63,7 @@ def test_parcel_carries_our_code_and_the_inputs_and_no_junk(tmp_path: Path) -> N
     recipe.write_text(RECIPE)
     parcel = parcel_of(recipe, "--split", "1")
     assert parcel.arguments == ("inputs/recipe/a.toml", "--split", "1")
-    fill_working_folder(parcel, tmp_path / "to", "commit")
+    fill_working_folder(parcel, tmp_path / "to")
     files = {path.relative_to(tmp_path / "to").as_posix() for path in (tmp_path / "to").rglob("*") if path.is_file()}
     assert {"tavlad/model.py", "ray_jobs/cli.py", "ray_jobs/recipes/ta-vlad.toml", "inputs/recipe/a.toml"} <= files
     assert not [name for name in files if not name.endswith((".py", ".toml", "commit.txt"))]
