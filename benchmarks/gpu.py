@@ -175,7 +175,7 @@ def _steps(bench: Bench, stage: StageConfig, number: int, ways: dict[str, dict[s
 
 
 def _loader(bench: Bench, num_clips: int, batch_size: int, decoder: str) -> Any:
-    """The packed set's clips over and over, as many as a split has; decoded by "cpu", "gpu" or "once" (loading.py)."""
+    """The packed set's clips over and over, as many as a split has; decoded by "cpu", "once" or "nvjpeg"."""
     from shards.index import load_index
     from shards.read import ClipLoader, LoaderOptions
     from shards.store import open_store
@@ -200,7 +200,7 @@ def _loader(bench: Bench, num_clips: int, batch_size: int, decoder: str) -> Any:
 def _reading(bench: Bench) -> dict[str, Any]:
     """Clips a second without any model; clips decoded once are read for the second time."""
     found: dict[str, Any] = {}
-    for decoder in ("cpu", "gpu", "once"):
+    for decoder in ("cpu", "nvjpeg", "once"):
         loader = _loader(bench, 16 if bench.smoke else 1600, bench.batch_sizes[0], decoder)
         if decoder == "once":
             for _ in loader.epoch(0):

@@ -1,4 +1,7 @@
-"""How a worker reads clips: how many threads, and whether a GPU decodes; chosen from rates measured at the start."""
+"""How a worker reads clips: how many threads, and whether they stay decoded in a GPU's memory.
+
+Chosen from rates measured at the start: it changes the time that reading takes, and no pixel.
+"""
 
 import math
 import os
@@ -16,7 +19,7 @@ from tavlad.parallel import autocast
 
 _PROBED_CLIPS = 3
 _MARGIN = 1.25  # more clips than the model takes, so that it never waits
-_FEEDING_THREADS = 4  # enough for fetching and for handing JPEGs to a GPU
+_FEEDING_THREADS = 4  # enough for fetching and for handing JPEGs to nvJPEG
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,8 +41,8 @@ class GpuMemory:
     test: int
 
 
-Decoder = Literal["cpu", "gpu", "once"]
-"""What decodes clips: processors; nvJPEG; or processors once, after which the frames stay in the GPU's memory."""
+Decoder = Literal["cpu", "once", "nvjpeg"]
+"""What decodes clips: processors; processors once, after which the frames stay in the GPU's memory; or nvJPEG."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,32 +55,39 @@ class Loading:
     reason: str
 
 
-def choose_loading(resources: ResourceConfig, rates: LoadingRates, cores: int, memory: GpuMemory | None) -> Loading:
+def choose_loading(
+    resources: ResourceConfig, rates: LoadingRates, cores: int, memory: GpuMemory | None, *, nvjpeg: bool = False
+) -> Loading:
     """Threads as the recipe says, or as many as the rates ask for and this worker's `cores` allow. With `decode` =
-    "auto", where these threads cannot keep up with a GPU, its clips are decoded once if they all fit; else by it.
+    "auto", where these threads cannot keep up with a GPU, its clips are decoded once if they all fit there.
 
-    All or none of a part's, and by what the index says: what decodes a clip must not depend on when it is read.
+    `nvjpeg`: the recipe has it decode the training part. Nothing measured may choose that, since its pixels are others.
     """
     needed = max(1, math.ceil(_MARGIN * rates.decode / rates.score))
     threads = resources.loader_threads or min(needed, max(1, cores - 1))
-    train: Decoder = "cpu"
-    test: Decoder = "cpu"
+    train, test = _decoders(memory, resources.decode == "gpu" or (resources.decode == "auto" and threads < needed))
     how = ""
-    is_behind = resources.decode == "gpu" or (resources.decode == "auto" and threads < needed)
-    if memory is not None and is_behind:
-        if memory.train <= memory.room:
-            train, test = "once", "once" if memory.train + memory.test <= memory.room else "cpu"
-            taken = memory.train + (memory.test if test == "once" else 0)
-            how = f", decoded once and kept in the GPU's memory ({taken / 1e9:.1f} GB)"
-        else:
-            train = test = "gpu"
-            threads = threads if resources.loader_threads else min(threads, _FEEDING_THREADS)
-            how = f", decoded on the GPU, whose memory they do not fit in ({memory.train / 1e9:.1f} GB)"
+    if nvjpeg:
+        train, how = "nvjpeg", ", those of training decoded by nvJPEG"
+        threads = threads if resources.loader_threads else min(threads, _FEEDING_THREADS)
+    elif train == "once":
+        assert memory is not None
+        taken = memory.train + (memory.test if test == "once" else 0)
+        how = f", decoded once and kept in the GPU's memory ({taken / 1e9:.1f} GB)"
     times = f"a clip takes {1000 * rates.decode:.1f} ms to decode and {1000 * rates.score:.1f} ms to score"
     text = f"clips are read by {threads} threads{how}: {times}"
     if threads < needed and train == "cpu":
         text += f", which {needed} threads would keep up with"
+        if memory is not None and memory.train > memory.room:
+            text += f"; decoded, they take {memory.train / 1e9:.1f} GB, more than the GPU has room for"
     return Loading(threads=threads, train=train, test=test, reason=text)
+
+
+def _decoders(memory: GpuMemory | None, is_wanted: bool) -> tuple[Decoder, Decoder]:
+    """Of the training part and of the test part: on a GPU, if that is wanted and all clips of a part fit."""
+    if memory is None or not is_wanted or memory.train > memory.room:
+        return "cpu", "cpu"
+    return "once", "once" if memory.train + memory.test <= memory.room else "cpu"
 
 
 def memory_of(device: torch.device, share: float, index: Index, split: int) -> GpuMemory | None:

@@ -41,9 +41,9 @@ class ResourceConfig:
     """Threads of one worker that fetch, decode and crop clips. 0: as many as measured rates ask for, within the node's
     processors."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """What makes views of packed clips in training on a GPU: auto: the GPU, if the worker's processors cannot keep up
-    with it. Clips that all fit in half of its free memory are decoded once, by processors, and stay there; others are
-    decoded there each time, by nvJPEG, which repeats colours of neighbouring pixels where processors interpolate."""
+    """What makes the views of packed clips in training on a GPU, to the same pixels: auto: the GPU, if the worker's
+    processors cannot keep up with it and the clips, decoded once, all fit in half of its free memory; gpu: the GPU
+    wherever they fit. `training.decoder` has a quicker way, to other pixels."""
     prefetch_batches: int = 4
     """Batches read ahead of the training step."""
     disk_cache: float = 50.0
@@ -128,6 +128,10 @@ class Recipe:
                 )
             if stage.features == "always":
                 self.require_named_features(stage)
+        if self.training.decoder == "nvjpeg" and not self.resources.gpus_per_worker:
+            raise UserError(
+                'training.decoder = "nvjpeg" needs GPUs: set resources.gpus_per_worker, or training.decoder = "libjpeg"'
+            )
 
     @property
     def trunk_precision(self) -> str:
@@ -137,12 +141,20 @@ class Recipe:
         return "float32 without TF32" if precision == "float32" and self.resources.gpus_per_worker else precision
 
     def names_features(self, stage: StageConfig) -> bool:
-        """Whether what the stage does not train is still what training began with, whose weights name the features."""
+        """Whether the stage may learn from features: by name they are what the trunk that training began with makes of
+        libjpeg's pixels."""
+        if self.training.decoder == "nvjpeg":
+            return False
         trained_before = stage == self.stage2 and self.stage1.epochs > 0 and self.stage1.feature_kind == "early"
         return not (trained_before and stage.feature_kind == "last")
 
     def require_named_features(self, stage: StageConfig) -> None:
         """UserError for a stage that has none."""
+        if self.training.decoder == "nvjpeg":
+            raise UserError(
+                'training.decoder = "nvjpeg": features are made of libjpeg\'s pixels, so stages learn from frames: set '
+                'stage1.features and stage2.features to "auto" or "never", or training.decoder = "libjpeg"'
+            )
         if not self.names_features(stage):
             raise UserError(
                 "stage2: features are named by the weights that training began with, and stage 1 trains the trunk "

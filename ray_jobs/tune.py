@@ -114,6 +114,8 @@ def tune_recipe(
 
     Started again it goes on where it was. Raises ValueError before any trial for a space that cannot be searched.
     """
+    if recipe.training.decoder == "nvjpeg":
+        raise UserError('training.decoder = "nvjpeg": trials read clips by libjpeg alone, so tune without it')
     training, index = plan_training(site, recipe, split)
     weights = digest_of_weights(site, recipe)
     asked = SweepPlan(training=training, dimensions=dimensions, options=options, weights=weights)

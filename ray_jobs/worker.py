@@ -203,7 +203,7 @@ class _Trainer:
             self._monitor.tell(Started(resumed_from=newest, history=self._history, num_workers=self._world.size))
 
     def _loading(self, model: TaVlad, index: Index, store: Store) -> Loading:
-        """How this rank reads clips; changes nothing but the time, and on a GPU the pixels' rounding."""
+        """How this rank reads clips; changes nothing but the time."""
         resources, world, settings = self._recipe.resources, self._world, self._recipe.training
         as_told = Loading(threads=resources.unmeasured_threads, train="cpu", test="cpu", reason="")
         probe = self._loader(index, store, as_told, training=False)
@@ -212,7 +212,7 @@ class _Trainer:
         )
         cores = cores_of_a_rank(ray.train.get_context().get_local_world_size())
         memory = memory_of(world.device, resources.gpus_per_worker, index, self._plan.split)
-        loading = choose_loading(resources, rates, cores, memory)
+        loading = choose_loading(resources, rates, cores, memory, nvjpeg=settings.decoder == "nvjpeg")
         if world.rank == 0:
             self._monitor.tell(Said(text=loading.reason))
         return loading

@@ -1,9 +1,8 @@
-"""Views of clips made on a GPU: of JPEGs that nvJPEG decodes there, for machines whose processors cannot keep up; or of
-decoded clips that stay in its memory, so that each is decoded once, by the CPU, exactly.
+"""Views of clips made on a GPU: of decoded clips that stay in its memory, so that a CPU decodes each once; or of JPEGs
+that nvJPEG decodes there, for those who ask for it.
 
-Beside the CPU's pixels, those of a clip that stays differ by the rounding of the resize, which is computed in float32.
-nvJPEG's differ by more: it repeats colours where the CPU's decoder interpolates (see tests/shards/test_gpu_decode.py).
-On a CPU the same code runs, for tests.
+The views of a clip that stays are the CPU's, pixel by pixel. nvJPEG's are not: it repeats colours where the CPU's
+decoder interpolates (see tests/shards/test_gpu_decode.py). On a CPU the same code runs, for tests.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from shards.clip_bytes import decode_jpegs
+from shards.resize import resize
 from shards.transforms import TsnView, View, window_of
 
 Wanted = tuple[str, View | TsnView | None, Tensor]
@@ -75,6 +74,5 @@ def _show(
     height, width = frames_TCHW.shape[2:]
     window = window_of(view, height, width, size)
     rows = slice(window.top, window.top + window.height)
-    shown_TCHW = frames_TCHW[..., rows, window.left : window.left + window.width].float()
-    resized_TCHW = F.interpolate(shown_TCHW, size=(size, size), mode="bilinear", antialias=True)
-    slot_TCHW.copy_((resized_TCHW.flip(-1) if window.flip else resized_TCHW).round_().clamp_(0, 255))
+    resized_TCHW = resize(frames_TCHW[..., rows, window.left : window.left + window.width], size, size)
+    slot_TCHW.copy_(resized_TCHW.flip(-1) if window.flip else resized_TCHW)

@@ -75,7 +75,8 @@ class LoaderOptions:
     gpu: torch.device | None = None
     """The GPU that makes the views and holds the batches; None: CPUs do."""
     keep_decoded: bool = False
-    """Clips are decoded once, by CPUs, and stay in that GPU's memory; or their JPEGs are decoded there each time."""
+    """Clips are decoded once, by CPUs, and stay in that GPU's memory: the same pixels. Else nvJPEG decodes them there
+    each time, to other pixels."""
 
     def __post_init__(self) -> None:
         for field, low in (("batch_size", 1), ("crop", 1), ("num_threads", 0), ("prefetch_batches", 1)):

@@ -205,6 +205,10 @@ class TrainingConfig:
     """What augmentation draws from: 4 scales x 5 places x flip, or TSN's 10 shapes x 13 places x flip."""
     num_views: int = 40
     """Of the forty views, how many a clip is shown in; fewer make a feature set smaller (docs/GUIDE, "Features")."""
+    decoder: Literal["libjpeg", "nvjpeg"] = "libjpeg"
+    """What decodes the JPEGs of training clips. nvjpeg: the GPU, each time a clip is read, for sets that do not fit
+    in its memory and processors that cannot keep up; its pixels are up to 22 grey levels off, since it repeats colours
+    of neighbouring pixels where libjpeg interpolates. Clips are tested, and features computed, by libjpeg always."""
     adam_eps: float = 1e-4
     """Adam's epsilon."""
     weight_decay: float = 4e-5

@@ -1,6 +1,7 @@
 """How clips are read follows from what was measured; what the recipe says comes first."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -32,16 +33,17 @@ FITS = GpuMemory(room=30, train=20, test=10)
         (AUTO, RATES, 5, FITS, 4, "cpu", "cpu"),
         (AUTO, RATES, 4, FITS, 3, "once", "once"),  # one core is the training's
         (AUTO, RATES, 4, replace(FITS, test=11), 3, "once", "cpu"),
-        (AUTO, RATES, 4, replace(FITS, train=31), 3, "gpu", "gpu"),
+        (AUTO, RATES, 4, replace(FITS, train=31), 3, "cpu", "cpu"),
         (AUTO, RATES, 1, None, 1, "cpu", "cpu"),
         (AUTO, replace(RATES, score=0.5), 16, None, 1, "cpu", "cpu"),
-        (AUTO, replace(RATES, score=0.0002), 16, replace(FITS, train=31), 4, "gpu", "gpu"),  # few threads feed a GPU
+        (AUTO, replace(RATES, score=0.0002), 16, replace(FITS, train=31), 15, "cpu", "cpu"),
         (AUTO, replace(RATES, score=0.0002), 16, FITS, 15, "once", "once"),
         (replace(AUTO, decode="cpu"), RATES, 2, FITS, 1, "cpu", "cpu"),
         (replace(AUTO, decode="gpu"), RATES, 16, FITS, 4, "once", "once"),
         (replace(AUTO, decode="gpu"), RATES, 16, None, 4, "cpu", "cpu"),
         (replace(AUTO, loader_threads=9), RATES, 2, FITS, 9, "cpu", "cpu"),
-        (replace(AUTO, loader_threads=2), RATES, 16, replace(FITS, room=1), 2, "gpu", "gpu"),
+        (replace(AUTO, loader_threads=2), RATES, 16, replace(FITS, room=1), 2, "cpu", "cpu"),
+        (replace(AUTO, decode="gpu"), RATES, 16, replace(FITS, room=1), 4, "cpu", "cpu"),
     ],
 )
 def test_threads_and_decoder_follow_from_the_rates_and_the_memory(
@@ -67,11 +69,24 @@ def test_the_choice_is_one_line_that_says_why() -> None:
         in choose_loading(AUTO, RATES, 4, large).reason
     )
     small = replace(large, room=10_000_000_000)
-    assert (
-        "decoded on the GPU, whose memory they do not fit in (12.0 GB)" in choose_loading(AUTO, RATES, 4, small).reason
+    assert choose_loading(AUTO, RATES, 4, small).reason.endswith(
+        "which 4 threads would keep up with; decoded, they take 12.0 GB, more than the GPU has room for"
     )
     slow = choose_loading(replace(AUTO, decode="cpu"), RATES, 3, FITS).reason
     assert slow.endswith("which 4 threads would keep up with")
+
+
+@pytest.mark.parametrize("memory", [FITS, replace(FITS, room=1), None])
+@pytest.mark.parametrize("decode", ["auto", "cpu", "gpu"])
+def test_nvjpeg_is_only_what_a_recipe_asks_for(decode: Literal["auto", "cpu", "gpu"], memory: GpuMemory | None) -> None:
+    """Its pixels are others: how quick something was must not choose them. Tested is what `predict` sees."""
+    resources = replace(AUTO, decode=decode)
+    for score in (1.0, 0.002, 0.00002):
+        rates = replace(RATES, score=score)
+        assert choose_loading(resources, rates, 4, memory).train != "nvjpeg"
+        asked = choose_loading(resources, rates, 4, memory, nvjpeg=True)
+        assert (asked.train, asked.test == "nvjpeg") == ("nvjpeg", False)
+    assert choose_loading(resources, replace(RATES, score=0.00002), 16, memory, nvjpeg=True).threads == 4
 
 
 def test_decoded_clips_take_the_memory_that_the_index_says(packed: PackedSet) -> None:

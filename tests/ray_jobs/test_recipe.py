@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.names import LEFT_OUT, fingerprint, first_fingerprint
-from ray_jobs.recipe import known_recipes, load_recipe
+from ray_jobs.recipe import Recipe, known_recipes, load_recipe
+from tavlad.errors import UserError
 
 
 def _write(folder: Path, text: str) -> str:
@@ -146,3 +147,17 @@ def test_field_that_is_gone_leaves_first_names_known() -> None:
     fewer = {name: value for name, value in fields.items() if name != "training.cuda_graphs"}
     assert first_fingerprint(fewer, {}) == first_fingerprint(fields, {})
     assert fingerprint(fewer, {}) == fingerprint(fields, {})
+
+
+def test_pixels_of_nvjpeg_have_a_name_of_their_own_and_make_no_features() -> None:
+    def load(*changes: str) -> Recipe:
+        return load_recipe("ta-vlad", [*changes, "resources.gpus_per_worker=1"], dataset="hmdb51")
+
+    exact, quick = load(), load("training.decoder=nvjpeg")
+    assert exact.fingerprint(split=1) != quick.fingerprint(split=1)
+    assert exact.names_features(exact.stage1)
+    assert not quick.names_features(quick.stage1)
+    with pytest.raises(UserError, match=r'nvjpeg": features are made of libjpeg'):
+        load("training.decoder=nvjpeg", "stage1.features=always")
+    with pytest.raises(UserError, match="needs GPUs"):
+        load_recipe("ta-vlad", ["training.decoder=nvjpeg"], dataset="hmdb51")
