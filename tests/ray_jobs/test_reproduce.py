@@ -17,6 +17,7 @@ from ray_jobs.recipe import load_recipe
 from ray_jobs.reproduce import ReproduceOptions
 from ray_jobs.reproduce_report import Entry, Outcome, Reproduction, write_reproduction
 from shards.index import SCHEMA, make_index, share_of
+from tavlad.errors import UserError
 from tests.ray_jobs.test_report import Page
 
 OUTCOME = Outcome(
@@ -177,7 +178,7 @@ def test_one_row_that_fails_leaves_the_others_and_ends_in_a_sentence(
 ) -> None:
     def outcome(_site: Any, entry: Entry, *_: Any) -> Outcome:
         if entry.row.recipe == "actionvlad":
-            raise ValueError("no weights here")
+            raise UserError("no weights here")
         return OUTCOME
 
     monkeypatch.setattr(verb, "_outcome", outcome)

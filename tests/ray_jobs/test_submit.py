@@ -194,10 +194,11 @@ class _Trouble(BaseHTTPRequestHandler):
 JOB = "tavlad-train-404404404404-1"
 
 
-def test_a_job_is_unknown_by_the_status_and_not_by_the_digits_of_its_id() -> None:
+def test_a_job_is_unknown_by_the_status_and_not_by_the_digits_of_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), _Trouble) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)  # Ray's client prefers that of the site in use
         access = S3Access(endpoint_url=None, access_key="", secret_key="")
         lab = Site(name="lab", ray_address="auto", ray_dashboard=address, s3=access, bucket="b", mlflow_uri="")
         with pytest.raises(ValueError, match=r"refused the request: .*status code 500: No agent for"):
